@@ -1,0 +1,1 @@
+"""Target models: where their files are, how they are read, and the decoder that runs them."""
