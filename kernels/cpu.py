@@ -1,0 +1,64 @@
+"""How CPU kernels are compiled and handed tensors.
+
+A kernel is numba over flat arrays. Tensors cross as addresses and are viewed inside (`view`), never copied: making a numpy
+array of a tensor costs 2 µs, which 30 layers pay hundreds of times a step. bfloat16 travels as uint16, since numpy has no such
+type. Compiled code is cached on disk, so only the first start on a machine compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+inner = numba.njit(nogil=True, error_model="numpy")
+"""For functions that kernels call. numpy's error model: a check for division by zero would keep loops scalar."""
+
+_LIKE: dict[torch.dtype, NDArray[Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
+
+
+def cpu_kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile `function` twice: one thread, and `numba.prange` over all of torch's threads; each call picks by their number.
+
+    Every row is computed by the same instructions in both, whatever the other rows are.
+    """
+    serial = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    parallel = numba.njit(nogil=True, error_model="numpy", cache=True, parallel=True)(function)
+
+    def launch(*args: Any) -> None:
+        threads = torch.get_num_threads()
+        if threads == 1:
+            serial(*args)
+            return
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        parallel(*args)
+
+    return launch
+
+
+def like(tensor: torch.Tensor) -> NDArray[Any]:
+    """An empty array that tells a kernel the element type of the addresses beside it."""
+    return _LIKE[tensor.dtype]
+
+
+@intrinsic
+def _as_pointer(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+@inner
+def view(address, size, like):
+    """The `size` elements at `address` as a flat array of the element type of `like`."""
+    return numba.carray(_as_pointer(address), size, like.dtype)

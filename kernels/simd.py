@@ -1,0 +1,289 @@
+"""Vector building blocks of the CPU kernels, as numba intrinsics.
+
+The attention tiles are written in LLVM IR with explicit `fma` over vectors of 16 floats: the order of every addition is
+then fixed by the source, not chosen by a vectoriser, so a row's result cannot depend on which rows share its tile.
+bfloat16 travels as uint16, since numpy has no such type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from dspark.kernels.cpu import inner
+
+LANES = 16
+TILE = 4
+"""Query vectors that one tile handles together: each K/V vector that is loaded serves all of them."""
+
+_FLOAT = ir.FloatType()
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_INT = ir.IntType(64)
+
+
+@intrinsic
+def bits_to_float(typing_context: Any, bits: Any) -> Any:
+    """uint32 -> float32, same bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def float_to_bits(typing_context: Any, value: Any) -> Any:
+    """float32 -> uint32, same bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def to_float(typing_context: Any, element: Any) -> Any:
+    """An element of a cache or activation array (uint16 holding bfloat16, or float32) -> float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        wide = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), _FLOAT)
+
+    return types.float32(element), codegen
+
+
+@intrinsic
+def store_as(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] = value for a contiguous 1-d array of float32 or of uint16 holding bfloat16 (nearest even)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.gep(_data(context, builder, signature.args[0], args[0]), [args[1]])
+        if signature.args[0].dtype == types.float32:
+            builder.store(args[2], pointer)
+            return context.get_dummy_value()
+        i32 = ir.IntType(32)
+        bits = builder.bitcast(args[2], i32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))
+        is_nan = builder.fcmp_unordered("uno", args[2], args[2])
+        chosen = builder.select(is_nan, ir.Constant(i32, 0x7FC00000), rounded)
+        builder.store(builder.trunc(builder.lshr(chosen, ir.Constant(i32, 16)), ir.IntType(16)), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.float32), codegen
+
+
+def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _vector_load(builder: Any, array_type: Any, data: Any, offset: Any) -> Any:
+    """16 consecutive elements from `offset`, as floats."""
+    pointer = builder.gep(data, [offset])
+    if array_type.dtype == types.float32:
+        return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+    halves = ir.VectorType(ir.IntType(16), LANES)
+    words = ir.VectorType(ir.IntType(32), LANES)
+    packed = builder.load(builder.bitcast(pointer, halves.as_pointer()), align=2)
+    shift = ir.Constant(words, [16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(packed, words), shift), _VECTOR)
+
+
+def _broadcast(builder: Any, data: Any, offset: Any) -> Any:
+    scalar = builder.load(builder.gep(data, [offset]), align=4)
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+    )
+    return builder.call(function, [a, b, c])
+
+
+def _across(builder: Any, name: str, vector: Any) -> Any:
+    """Reduce over the lanes, in order."""
+    arguments = [ir.Constant(_FLOAT, 0.0)] if name == "fadd" else []
+    kind = ir.FunctionType(_FLOAT, [one.type for one in arguments] + [_VECTOR])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}f32")
+    return builder.call(function, [*arguments, vector])
+
+
+def _constant(value: int) -> Any:
+    return ir.Constant(_INT, value)
+
+
+@intrinsic
+def dot(typing_context: Any, a: Any, a_offset: Any, b: Any, b_offset: Any, size: Any) -> Any:
+    """Σ_i a[a_offset + i] · b[b_offset + i] in float32, `size` (a multiple of 16) terms: lane by lane, then over the lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a_data = _data(context, builder, signature.args[0], args[0])
+        b_data = _data(context, builder, signature.args[2], args[2])
+        total = cgutils.alloca_once(builder, _VECTOR)
+        builder.store(ir.Constant(_VECTOR, [0.0] * LANES), total)
+        with cgutils.for_range(builder, builder.lshr(args[4], _constant(4))) as loop:
+            step = builder.shl(loop.index, _constant(4))
+            left = _vector_load(builder, signature.args[0], a_data, builder.add(args[1], step))
+            right = _vector_load(builder, signature.args[2], b_data, builder.add(args[3], step))
+            builder.store(_fma(builder, left, right, builder.load(total)), total)
+        return _across(builder, "fadd", builder.load(total))
+
+    i = types.int64
+    return types.float32(a, i, b, i, i), codegen
+
+
+@intrinsic
+def score_tile(
+    typing_context: Any, queries: Any, keys: Any, key_offset: Any, scores: Any, score_offset: Any, stride: Any, dim: Any
+) -> Any:
+    """scores[m·stride + score_offset + t] = Σ_d queries[d, m] · keys[key_offset + d·16 + t], m < 4, t < 16.
+
+    queries: flat [dim, 4] float32; keys: flat float32 or bfloat16 bits, one block of 16 keys laid out [dim, 16].
+    Even and odd d are summed apart (two chains hide the latency of fma), then added.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        query_data = _data(context, builder, signature.args[0], args[0])
+        key_data = _data(context, builder, signature.args[1], args[1])
+        score_data = _data(context, builder, signature.args[3], args[3])
+        key_offset, score_offset, stride, dim = args[2], args[4], args[5], args[6]
+        sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(2 * TILE)]
+        for one in sums:
+            builder.store(ir.Constant(_VECTOR, [0.0] * LANES), one)
+        with cgutils.for_range(builder, builder.lshr(dim, _constant(1))) as loop:
+            for parity in range(2):
+                d = builder.add(builder.shl(loop.index, _constant(1)), _constant(parity))
+                offset = builder.add(key_offset, builder.mul(d, _constant(LANES)))
+                key = _vector_load(builder, signature.args[1], key_data, offset)
+                for m in range(TILE):
+                    at = builder.add(builder.mul(d, _constant(TILE)), _constant(m))
+                    total = sums[parity * TILE + m]
+                    builder.store(_fma(builder, _broadcast(builder, query_data, at), key, builder.load(total)), total)
+        for m in range(TILE):
+            result = builder.fadd(builder.load(sums[m]), builder.load(sums[TILE + m]))
+            at = builder.add(score_offset, builder.mul(stride, _constant(m)))
+            target = builder.bitcast(builder.gep(score_data, [at]), _VECTOR.as_pointer())
+            builder.store(result, target, align=4)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(queries, keys, i, scores, i, i, i), codegen
+
+
+def _make_value_tile(vectors: int) -> Callable[..., None]:
+    @intrinsic
+    def value_tile(
+        typing_context: Any,
+        weights: Any,
+        weight_offset: Any,
+        stride: Any,
+        values: Any,
+        value_offset: Any,
+        sums: Any,
+        sum_offset: Any,
+        dim: Any,
+    ) -> Any:
+        """sums[m·dim + sum_offset + c] += Σ_t weights[m·stride + weight_offset + t] · values[value_offset + t·dim + c],
+
+        m < 4, t < 16 in order, c < 16·vectors. values: flat float32 or bfloat16 bits, one block laid out [16, dim].
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            weight_data = _data(context, builder, signature.args[0], args[0])
+            value_data = _data(context, builder, signature.args[3], args[3])
+            sum_data = _data(context, builder, signature.args[5], args[5])
+            weight_offset, stride, value_offset, sum_offset, dim = args[1], args[2], args[4], args[6], args[7]
+            totals = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(vectors)] for _ in range(TILE)]
+
+            def memory(m: int, v: int) -> Any:
+                at = builder.add(builder.add(sum_offset, _constant(v * LANES)), builder.mul(dim, _constant(m)))
+                return builder.bitcast(builder.gep(sum_data, [at]), _VECTOR.as_pointer())
+
+            for m in range(TILE):
+                for v in range(vectors):
+                    builder.store(builder.load(memory(m, v), align=4), totals[m][v])
+            with cgutils.for_range(builder, _constant(LANES)) as loop:
+                row = builder.add(value_offset, builder.mul(loop.index, dim))
+                loaded = [
+                    _vector_load(builder, signature.args[3], value_data, builder.add(row, _constant(v * LANES)))
+                    for v in range(vectors)
+                ]
+                for m in range(TILE):
+                    at = builder.add(builder.add(weight_offset, loop.index), builder.mul(stride, _constant(m)))
+                    weight = _broadcast(builder, weight_data, at)
+                    for v in range(vectors):
+                        total = totals[m][v]
+                        builder.store(_fma(builder, weight, loaded[v], builder.load(total)), total)
+            for m in range(TILE):
+                for v in range(vectors):
+                    builder.store(builder.load(totals[m][v]), memory(m, v), align=4)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(weights, i, i, values, i, sums, i, i), codegen
+
+    return value_tile
+
+
+def _make_reduction(name: str, start: float) -> Callable[..., float]:
+    @intrinsic
+    def reduction(typing_context: Any, values: Any, begin: Any, end: Any) -> Any:
+        """Reduce float32 values[begin:end] (a multiple of 16 of them): lane by lane in order, then over the lanes in order."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = _data(context, builder, signature.args[0], args[0])
+            total = cgutils.alloca_once(builder, _VECTOR)
+            builder.store(ir.Constant(_VECTOR, [start] * LANES), total)
+            vectors = builder.lshr(builder.sub(args[2], args[1]), _constant(4))
+            pair = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR])
+            with cgutils.for_range(builder, vectors) as loop:
+                at = builder.add(args[1], builder.shl(loop.index, _constant(4)))
+                value = _vector_load(builder, signature.args[0], data, at)
+                if name == "fadd":
+                    result = builder.fadd(builder.load(total), value)
+                else:
+                    function = cgutils.get_or_insert_function(builder.module, pair, f"llvm.maxnum.v{LANES}f32")
+                    result = builder.call(function, [builder.load(total), value])
+                builder.store(result, total)
+            return _across(builder, name, builder.load(total))
+
+        return types.float32(values, types.int64, types.int64), codegen
+
+    return reduction
+
+
+highest_of = _make_reduction("fmax", float("-inf"))
+sum_of = _make_reduction("fadd", 0.0)
+value_tile_64 = _make_value_tile(4)
+value_tile_16 = _make_value_tile(1)
+
+
+@inner
+def exp(x):
+    """e^x in float32 for x ≤ 88, exactly 0 below -87; relative error < 2e-7. Plain arithmetic, so loops over it vectorise."""
+    tiny = x < np.float32(-87.0)
+    x = np.float32(-87.0) if tiny else x
+    power = np.int32(x * np.float32(1.4426950408889634) + np.float32(128.5)) - np.int32(128)  # floor(x / ln 2 + ½)
+    n = np.float32(power)
+    r = x - n * np.float32(0.693359375)  # ln 2 in two parts
+    r = r - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    two_to_n = bits_to_float(np.uint32(power + np.int32(127)) << np.uint32(23))
+    return np.float32(0.0) if tiny else p * two_to_n
