@@ -1,0 +1,72 @@
+"""What every drafter offers: propose a block of tokens per sequence, take in the target's features.
+
+A drafter runs in the worker thread only. Its proposals never affect the text (coupled verification accepts a draft
+exactly when it equals the target's own token), only the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposals for a batch of B sequences, at most γ tokens each.
+
+    tokens: [B, γ] int64; entries at and beyond `lengths` are undefined.
+    lengths: [B] int32, tokens proposed per sequence, 0..γ (0: nothing to propose).
+    confidence: [B, γ] float32, raw log-odds that draft j is accepted given that all earlier ones were; calibrated later.
+    probs: [B, γ, vocab] float32, the distribution each draft was drawn from; only in rejection mode.
+    """
+
+    tokens: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+    probs: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class DraftRow:
+    """One sequence as a drafter sees it: everything up to and including the anchor.
+
+    tokens: [position + 1] int64, prompt and output; the last one is the anchor, at `position`.
+    temperature: of the request, 0 when greedy.       noise_key: 64-bit key of the sequence's Gumbel noise.
+    """
+
+    sequence_id: int
+    tokens: NDArray[np.int64]
+    position: int
+    temperature: float
+    noise_key: int
+    block_table: NDArray[np.int32]
+
+
+class Drafter(Protocol):
+    name: str
+    block_size: int  # γ, tokens of a full proposal
+    feature_layers: tuple[int, ...]  # target layers whose output `observe` wants; empty: none
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Context K/V bytes per KV block of `block_size` tokens; 0 for a drafter without context."""
+
+    def allocate_context(self, num_blocks: int, block_size: int) -> None:
+        """Make the context K/V tensors, addressed by the same block ids as the target's."""
+
+    def observe(self, features: torch.Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
+        """Inject context K/V for every row of a target pass.
+
+        features: [rows, len(feature_layers) * hidden]; positions: [rows]; slots: [rows], block id * block size + offset.
+        Rows of rejected drafts may be among them: they lie beyond the sequence and are overwritten later.
+        """
+
+    def propose(self, rows: Sequence[DraftRow]) -> Draft:
+        """Draft the next block of each sequence."""
+
+    def forget(self, sequence_id: int) -> None:
+        """The sequence has ended; drop what was kept for it."""

@@ -1,0 +1,315 @@
+"""The DSpark drafter: a whole block of tokens in one parallel pass, then a light left-to-right correction.
+
+The input of a block is [anchor, MASK × (γ-1)] at positions s … s+γ-1. Every slot attends to the context of positions
+0 … s-1 (made from the target's features, see `observe`) and to all γ slots. Slot k predicts the token at s+1+k: its
+logits are the head's plus a Markov bias that depends on the token drafted just before. DFlash is the same with rank 0.
+
+Letters: B sequences, γ draft block, d hidden, H query heads, K key/value heads, e head dim, L layers, m captured
+target layers, r Markov rank, V vocabulary.
+Source: DSpark paper, sections on the parallel backbone, the Markov head and the confidence head; DeepSpec's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from dspark.engine.config import VerificationMode
+from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, DraftSpec
+from dspark.engine.drafters.drafter import Draft, DraftRow
+from dspark.engine.errors import ConfigError
+from dspark.engine.models.decoder import LinearFactory
+from dspark.engine.models.rope import rope_tables
+from dspark.kernels.draft_attention import draft_attention
+from dspark.kernels.packed_linear import PackedLinear
+from dspark.kernels.rms_norm import add_rms_norm, rms_norm
+from dspark.kernels.rope_kv_write import rope_kv_write
+from dspark.kernels.silu_mul import silu_mul
+
+Noise = Callable[[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]], Tensor]
+"""noise(keys [n], positions [n], rounds [n]) -> Gumbel variates [n, V] float32. Rounds are named by their anchor.
+
+Coupled verification: the noise the target uses at these positions, whatever the round. Rejection: independent of the
+target's noise, and of that of every other round.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: PackedLinear  # [(H + 2K)·e, d]
+    q_norm: Tensor
+    k_norm: Tensor
+    o: PackedLinear
+    post_attention_norm: Tensor
+    gate_up: PackedLinear  # [2f, d]
+    down: PackedLinear
+
+    @classmethod
+    def load(cls, weights: Mapping[str, Tensor], prefix: str, linear: LinearFactory) -> _Layer:
+        return cls(
+            input_norm=weights[f"{prefix}input_layernorm.weight"],
+            qkv=_fused(linear, weights, [f"{prefix}self_attn.{name}_proj" for name in "qkv"]),
+            q_norm=weights[f"{prefix}self_attn.q_norm.weight"],
+            k_norm=weights[f"{prefix}self_attn.k_norm.weight"],
+            o=_fused(linear, weights, [f"{prefix}self_attn.o_proj"]),
+            post_attention_norm=weights[f"{prefix}post_attention_layernorm.weight"],
+            gate_up=_fused(linear, weights, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"]),
+            down=_fused(linear, weights, [f"{prefix}mlp.down_proj"]),
+        )
+
+
+class MarkovHead:
+    """Bias of a slot's logits by the token drafted before it: W2 · f(w1[previous], h, state), of low rank r."""
+
+    def __init__(self, spec: DraftSpec, weights: Mapping[str, Tensor], linear: LinearFactory) -> None:
+        self._kind = spec.markov
+        self._w1 = weights["markov_head.markov_w1.weight"]
+        self._w2 = _fused(linear, weights, ["markov_head.markov_w2"])
+        if self._kind == "gated":
+            self._gate = _fused(linear, weights, ["markov_head.gate_proj"])
+        elif self._kind == "rnn":
+            self._joint = _fused(linear, weights, ["markov_head.joint_proj"])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """w1 of the tokens: [...] int64 -> [..., r]."""
+        return F.embedding(tokens, self._w1)
+
+    def bias(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Bias of one slot [B, V], and the state for the next slot.
+
+        previous: [B, r], `embed` of the tokens before; hidden: [B, d]; state: [B, r], of the rnn head only, or None at
+        the first slot of a block (zeros).
+        """
+        if self._kind == "gated":
+            gate = torch.sigmoid(self._gate(torch.cat([hidden, previous], dim=-1)))
+            return self._w2(gate * previous), state
+        if self._kind == "rnn":
+            state = torch.zeros_like(previous) if state is None else state
+            keep, candidate, output = self._joint(torch.cat([state, previous, hidden], dim=-1)).chunk(3, dim=-1)
+            keep = torch.sigmoid(keep)
+            return self._w2(torch.tanh(output)), keep * state + (1 - keep) * torch.tanh(candidate)
+        return self._w2(previous), state
+
+
+class DSparkDrafter:
+    """One loaded draft checkpoint and the context K/V of every sequence.
+
+    Context K/V live in paged tensors under the target's block ids, so a prefix hit, a preemption or a rollback of the
+    target's cache is one of this cache too. A few blocks behind them hold the K/V of the block being drafted.
+    """
+
+    name = "dspark"
+
+    def __init__(
+        self,
+        spec: DraftSpec,
+        weights: Mapping[str, Tensor],
+        embedding: Tensor,
+        head: Callable[[Tensor], Tensor],
+        linear: LinearFactory,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        verification: VerificationMode,
+        noise: Noise,
+    ) -> None:
+        """weights: `load_draft_weights`, in which an embedding or head of the drafter's own wins over the target's.
+
+        embedding: the target's, [V, d].       head: the target's, [n, d] -> logits [n, V].
+        max_num_seqs: sequences of the largest batch.      max_model_len: tokens of the longest sequence.
+        """
+        self.block_size = spec.block_size
+        self.feature_layers = spec.target_layer_ids
+        self._spec = spec
+        self._embedding = weights.get(EMBEDDING, embedding)
+        self._head = _fused(linear, weights, [HEAD.removesuffix(".weight")]) if HEAD in weights else head
+        self._fc = _fused(linear, weights, ["fc"])
+        self._hidden_norm = weights["hidden_norm.weight"]
+        self._norm = weights["norm.weight"]
+        self._layers = [_Layer.load(weights, f"layers.{i}.", linear) for i in range(spec.num_layers)]
+        # keys and values of all layers come from the same context vector, so one product makes them all
+        self._context_kv = _fused(
+            linear, weights, [f"layers.{i}.self_attn.{name}_proj" for i in range(spec.num_layers) for name in "kv"]
+        )
+        self._markov = MarkovHead(spec, weights, linear) if spec.markov else None
+        self._confidence: tuple[Tensor, Tensor] | None = None
+        if spec.confidence_head:
+            weight, bias = weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"]
+            self._confidence = weight[0].float(), bias.float()
+        # a block drafted at the very end of the longest sequence reaches past it
+        self._cos, self._sin = (
+            table.to(embedding.device)
+            for table in rope_tables(spec.rope, spec.head_dim, max_model_len + spec.block_size)
+        )
+        self._max_num_seqs = max_num_seqs
+        self._verification = verification
+        self._noise = noise
+
+    def bytes_per_block(self, block_size: int) -> int:
+        spec = self._spec
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * block_size * self._norm.itemsize
+
+    def allocate_context(self, num_blocks: int, block_size: int) -> None:
+        """Make the context K/V, plus one scratch block per sequence of the largest batch.
+
+        Raises ConfigError("block_size") where a draft block does not fit into one KV block.
+        """
+        spec = self._spec
+        if spec.block_size > block_size:
+            raise ConfigError(
+                "block_size",
+                f"a KV block of {block_size} tokens cannot hold a draft block of {spec.block_size}; "
+                f"give at least {spec.block_size}",
+            )
+        self._num_blocks, self._kv_block_size = num_blocks, block_size
+        blocks, kv_heads, head_dim = num_blocks + self._max_num_seqs, spec.num_kv_heads, spec.head_dim
+        # zeros: attention multiplies what lies beyond a sequence's end by 0, which must not meet a NaN
+        k_shape, v_shape = (blocks, kv_heads, head_dim, block_size), (blocks, kv_heads, block_size, head_dim)
+        self._k_caches = [self._norm.new_zeros(k_shape) for _ in self._layers]
+        self._v_caches = [self._norm.new_zeros(v_shape) for _ in self._layers]
+
+    def observe(self, features: Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
+        spec = self._spec
+        context = rms_norm(self._fc(features), self._hidden_norm, spec.rms_norm_eps)
+        # no input_layernorm here: the layers' keys and values see the context vector itself
+        per_layer = self._context_kv(context).view(len(positions), spec.num_layers, -1)
+        for i, layer in enumerate(self._layers):
+            rope_kv_write(
+                per_layer[:, i].contiguous(),
+                positions,
+                slots,
+                self._cos,
+                self._sin,
+                self._k_caches[i],
+                self._v_caches[i],
+                None,
+                layer.k_norm,
+                spec.rms_norm_eps,
+            )
+
+    def propose(self, rows: Sequence[DraftRow]) -> Draft:
+        """Draft γ tokens for each of at most `max_num_seqs` rows; needs the context of positions 0 … s-1 of each."""
+        if not rows:
+            empty = np.zeros((0, self.block_size))
+            return Draft(empty.astype(np.int64), np.zeros(0, np.int32), empty.astype(np.float32))
+        assert len(rows) <= self._max_num_seqs, "each row needs a scratch block"
+        anchors = torch.tensor([int(row.tokens[row.position]) for row in rows], device=self._embedding.device)
+        hidden = self._backbone(rows, anchors)
+        logits = self._head(hidden).view(len(rows), self.block_size, -1)
+        hidden = hidden.view(len(rows), self.block_size, -1)
+        tokens, probs = self._draw_left_to_right(rows, anchors, hidden, logits)
+        previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
+        return Draft(
+            tokens=tokens.cpu().numpy(),
+            lengths=np.full(len(rows), self.block_size, np.int32),
+            confidence=self._log_odds(hidden, previous).cpu().numpy(),
+            probs=probs,
+        )
+
+    def forget(self, sequence_id: int) -> None:
+        """Nothing is kept for a sequence but the context in its blocks."""
+
+    def _backbone(self, rows: Sequence[DraftRow], anchors: Tensor) -> Tensor:
+        """The final-normed hidden state of every slot, [B·γ, d]."""
+        spec, width = self._spec, self.block_size
+        anchor_positions = np.array([row.position for row in rows], np.int32)
+        offsets = np.tile(np.arange(width, dtype=np.int32), len(rows))
+        positions = anchor_positions.repeat(width) + offsets
+        scratch_blocks = np.arange(self._num_blocks, self._num_blocks + len(rows), dtype=np.int32)
+        slots = scratch_blocks.astype(np.int64).repeat(width) * self._kv_block_size + offsets
+        block_tables = self._context_tables(rows)
+        ids = torch.full((len(rows), width), spec.mask_token_id, device=self._embedding.device)
+        ids[:, 0] = anchors
+        residual = F.embedding(ids.view(-1), self._embedding).float()
+        normed = rms_norm(residual, self._layers[0].input_norm, spec.rms_norm_eps)
+        for i, layer in enumerate(self._layers):
+            k_cache, v_cache = self._k_caches[i], self._v_caches[i]
+            q = rope_kv_write(
+                layer.qkv(normed),
+                positions,
+                slots,
+                self._cos,
+                self._sin,
+                k_cache,
+                v_cache,
+                layer.q_norm,
+                layer.k_norm,
+                spec.rms_norm_eps,
+            )
+            attended = draft_attention(
+                q, k_cache, v_cache, block_tables, anchor_positions, scratch_blocks, width, spec.head_dim**-0.5
+            )
+            attended = layer.o(attended.view(len(positions), -1))
+            normed = add_rms_norm(attended, residual, layer.post_attention_norm, spec.rms_norm_eps)
+            next_norm = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm
+            normed = add_rms_norm(layer.down(silu_mul(layer.gate_up(normed))), residual, next_norm, spec.rms_norm_eps)
+        return normed
+
+    def _context_tables(self, rows: Sequence[DraftRow]) -> NDArray[np.int32]:
+        """[B, most context blocks of a row] int32; entries past a row's own context are 0 and never read."""
+        counts = [-(-row.position // self._kv_block_size) for row in rows]
+        tables = np.zeros((len(rows), max(counts)), np.int32)
+        for table, row, count in zip(tables, rows, counts, strict=True):
+            table[:count] = row.block_table[:count]
+        return tables
+
+    def _draw_left_to_right(
+        self, rows: Sequence[DraftRow], anchors: Tensor, hidden: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden: [B, γ, d]; logits: [B, γ, V], of the head alone; overwritten.
+
+        Returns the tokens [B, γ] and, in rejection mode, the distributions they were drawn from [B, γ, V].
+        """
+        sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
+        temperatures = torch.tensor([[rows[i].temperature] for i in sampled], device=logits.device)
+        noise = self._block_noise([rows[i] for i in sampled]) if sampled else None
+        tokens: list[Tensor] = []
+        distributions: list[Tensor] = []
+        previous, state = anchors, None
+        for k in range(self.block_size):
+            scores = logits[:, k].float()
+            if self._markov is not None:
+                bias, state = self._markov.bias(self._markov.embed(previous), hidden[:, k], state)
+                scores += bias
+            if noise is not None:
+                scaled = scores[sampled] / temperatures
+                scores[sampled] = scaled + noise[:, k]
+            previous = scores.argmax(dim=-1)
+            tokens.append(previous)
+            if self._verification == "rejection":
+                distribution = F.one_hot(previous, scores.shape[-1]).float()
+                if noise is not None:
+                    distribution[sampled] = scaled.softmax(dim=-1)
+                distributions.append(distribution)
+        return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1) if distributions else None
+
+    def _block_noise(self, rows: Sequence[DraftRow]) -> Tensor:
+        """Noise of the positions that each block predicts, [rows, γ, V]."""
+        keys = np.array([row.noise_key for row in rows], np.uint64).repeat(self.block_size)
+        rounds = np.array([row.position for row in rows], np.int64).repeat(self.block_size)
+        positions = rounds + np.tile(np.arange(1, self.block_size + 1), len(rows))
+        return self._noise(keys, positions, rounds).view(len(rows), self.block_size, -1)
+
+    def _log_odds(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """hidden: [B, γ, d]; previous: [B, γ], the token before each slot's -> [B, γ] float32; 0 without a head."""
+        if self._confidence is None:
+            return torch.zeros(previous.shape)
+        weight, bias = self._confidence
+        inputs = hidden.float()
+        if self._spec.confidence_with_markov and self._markov is not None:
+            inputs = torch.cat([inputs, self._markov.embed(previous).float()], dim=-1)
+        return inputs @ weight + bias
+
+
+def _fused(linear: LinearFactory, weights: Mapping[str, Tensor], names: Sequence[str]) -> PackedLinear:
+    """One linear layer whose output is the outputs of the named ones, one after another."""
+    biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
+    weight = torch.cat([weights[f"{name}.weight"] for name in names])
+    return linear(weight, torch.cat(biases) if biases else None)
