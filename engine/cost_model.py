@@ -1,0 +1,301 @@
+"""What a step costs: measured once on a ladder of sizes, then kept true while the engine runs.
+
+    verify_s(rows, context) = drift * (curve(rows) * residual(rows) + per_context_token * context)
+    draft_s(sequences)      = drift * curve(sequences) * residual(sequences)
+    host_s(sequences)       = running mean of what a step took outside both
+
+`drift` follows the machine as a whole (a busy neighbour, a lower clock); the residuals, bounded and decaying, follow what
+the ladder got wrong at the sizes that are visited. Every curve is monotone. All times in seconds, sizes in rows (tokens
+of one target pass) or sequences.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+DRIFT_RATE = 0.2
+DRIFT_LIMITS = (0.02, 50.0)
+OUTLIER_WINDOW = 5
+"""Drift follows the median of this many steps: fewer than half of them stalled do not move it."""
+RESIDUAL_RATE = 0.1
+RESIDUAL_CLIP = 0.2
+"""Log-ratio of one step that a residual takes in at most, so that a stalled step moves it by 2 %."""
+RESIDUAL_LIMIT = math.log(4.0)
+RESIDUAL_DECAY = 1e-3
+HOST_RATE = 0.05
+ERROR_RATE = 0.05
+SHORTEST_S = 1e-7
+JUMP_RATIO = 0.03
+"""A midpoint further than this share from the straight line between its neighbours is a jump to be narrowed down."""
+
+
+class PassTimer(Protocol):
+    """Runs real passes of given sizes and returns how long each took."""
+
+    def verify_s(self, rows: int, context_tokens: int) -> float:
+        """Seconds of one target pass over `rows` rows reading `context_tokens` K/V entries, sampling included."""
+
+    def draft_s(self, sequences: int) -> float:
+        """Seconds of drafting one block for each of `sequences` sequences; without context injection."""
+
+
+def ladder(largest: int) -> list[int]:
+    """Sizes 1, 2, 3, 4, 6, 8, 12, 16, ... up to and including `largest`."""
+    sizes = {largest}
+    power = 1
+    while power < largest:
+        sizes |= {power, min(power * 3 // 2, largest)}
+        power *= 2
+    return sorted(sizes)
+
+
+class SizeCurve:
+    """Seconds by size: knots, residuals at the knots, and the dense monotone curve made of both."""
+
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], residual: Sequence[float] | None = None) -> None:
+        """sizes: ascending, from 1; seconds: as measured. A time above that of a larger size is taken as noise.
+
+        Raises ValueError on sizes that do not ascend from 1 or times that are not positive numbers.
+        """
+        self.sizes = np.asarray(sizes, dtype=np.int64)
+        measured = np.asarray(seconds, dtype=np.float64)
+        if self.sizes.size == 0 or self.sizes[0] != 1 or np.any(np.diff(self.sizes) <= 0):
+            raise ValueError(f"sizes must ascend from 1, given {list(sizes)}")
+        if measured.shape != self.sizes.shape or not np.isfinite(measured).all() or (measured <= 0).any():
+            raise ValueError(f"seconds must be {self.sizes.size} positive numbers, given {list(seconds)}")
+        self.seconds = np.minimum.accumulate(measured[::-1])[::-1]
+        self.residual = np.zeros(self.sizes.size) if residual is None else np.asarray(residual, dtype=np.float64)
+        if self.residual.shape != self.sizes.shape or not (np.abs(self.residual) <= RESIDUAL_LIMIT).all():
+            raise ValueError(f"residual must be {self.sizes.size} numbers within ±{RESIDUAL_LIMIT:.2f}")
+        self._every_size = np.arange(self.sizes[-1] + 1)
+        self._base = np.interp(self._every_size, self.sizes, self.seconds)
+        self._refresh()
+
+    def at(self, size: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds at each size; beyond the largest measured one, along the line of the last two knots' slope."""
+        beyond = np.maximum(size - self.sizes[-1], 0)
+        return self.dense[np.minimum(size, self.sizes[-1])] + beyond * self._last_slope
+
+    def one(self, size: int) -> float:
+        """`at` for a single size, without the cost of an array."""
+        last = self.dense.size - 1
+        if size <= last:
+            return float(self.dense[size])
+        return float(self.dense[last]) + (size - last) * self._last_slope
+
+    def correct(self, size: int, log_ratio: float) -> None:
+        """Take in the log of observed / predicted seconds at one size."""
+        position = float(np.interp(size, self.sizes, np.arange(self.sizes.size)))
+        left = int(position)
+        step = RESIDUAL_RATE * min(max(log_ratio, -RESIDUAL_CLIP), RESIDUAL_CLIP)
+        self.residual *= 1.0 - RESIDUAL_DECAY
+        self.residual[left] += step * (1.0 - (position - left))
+        if position > left:
+            self.residual[left + 1] += step * (position - left)
+        np.clip(self.residual, -RESIDUAL_LIMIT, RESIDUAL_LIMIT, out=self.residual)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        corrected = self._base * np.exp(np.interp(self._every_size, self.sizes, self.residual))
+        self.dense: NDArray[np.float64] = np.maximum.accumulate(corrected)
+        """[largest + 1] float64, seconds by size; entry 0 is that of size 1."""
+        if self.sizes.size > 1:
+            last, before = int(self.sizes[-1]), int(self.sizes[-2])
+            self._last_slope = float(self.dense[last] - self.dense[before]) / (last - before)
+        else:
+            self._last_slope = float(self.dense[-1])
+
+
+class CostModel:
+    """Predicts step times; see the module's docstring for the formula."""
+
+    def __init__(self, verify: SizeCurve, draft: SizeCurve, context_s: float = 0.0, host_s: float = 0.0) -> None:
+        """context_s: seconds per K/V entry that attention reads; host_s: first guess of a step's time outside both passes."""
+        self._verify = verify
+        self._draft = draft
+        self._context_s = context_s
+        self._host: dict[int, float] = {}
+        self._first_host_s = host_s
+        self.drift = 1.0
+        self.error_ratio = 0.0
+        """Running mean of |log(observed / predicted)| of verify times; about the relative error."""
+        self._recent: deque[float] = deque(maxlen=OUTLIER_WINDOW)
+
+    @classmethod
+    def profile(
+        cls, measure: PassTimer, max_rows: int, max_sequences: int, context_tokens: int = 0, budget_s: float = 2.0
+    ) -> Self:
+        """Measure the ladders.
+
+        max_rows: rows of the largest target pass; max_sequences: of the largest batch. context_tokens: K/V entries of
+        the pass that tells what context costs (0: do not measure it). budget_s: measured seconds after which a ladder
+        is neither climbed nor refined; what was not reached is extrapolated.
+        """
+        rows, verify_s = _climb(lambda size: measure.verify_s(size, 0), max_rows, budget_s)
+        sequences, draft_s = _climb(measure.draft_s, max_sequences, budget_s / 2)
+        context_s = 0.0
+        if context_tokens:
+            with_context = statistics.median(measure.verify_s(1, context_tokens) for _ in range(3))
+            context_s = max(0.0, with_context - verify_s[0]) / context_tokens
+        return cls(SizeCurve(rows, verify_s), SizeCurve(sequences, draft_s), context_s)
+
+    @property
+    def max_rows(self) -> int:
+        return self._verify.dense.size - 1
+
+    def verify_curve(self, context_tokens: int) -> NDArray[np.float64]:
+        """[max_rows + 1] float64, predicted seconds of a target pass by rows; entry 0 is that of one row."""
+        return self.drift * (self._verify.dense + self._context_s * context_tokens)
+
+    def verify_s(self, rows: int | NDArray[np.int64], context_tokens: int = 0) -> NDArray[np.float64]:
+        """Predicted seconds of a target pass of `rows` rows (>= 1, an array or a scalar): monotone in rows."""
+        return self.drift * (self._verify.at(np.asarray(rows)) + self._context_s * context_tokens)
+
+    def draft_curve(self, sequences: int) -> NDArray[np.float64]:
+        """[sequences + 1] float64, predicted seconds of drafting for 0..sequences sequences; entry 0 is 0."""
+        if sequences < self._draft.dense.size:
+            seconds = self.drift * self._draft.dense[: sequences + 1]
+        else:
+            seconds = self.drift * self._draft.at(np.arange(sequences + 1))
+        seconds[0] = 0.0
+        return seconds
+
+    def draft_s(self, sequences: int) -> float:
+        """Predicted seconds of drafting a block for each of `sequences` sequences; 0 for none."""
+        return self.drift * self._draft.one(sequences) if sequences else 0.0
+
+    def host_s(self, sequences: int) -> float:
+        """Predicted seconds of a step outside target pass and drafting; from the nearest batch size seen."""
+        if not self._host:
+            return self._first_host_s
+        bucket = sequences.bit_length()
+        return self._host[min(self._host, key=lambda seen: (abs(seen - bucket), seen))]
+
+    def observe_verify(self, rows: int, context_tokens: int, seconds: float) -> None:
+        """A target pass of `rows` rows took `seconds`."""
+        if rows < 1 or seconds <= 0:
+            return
+        log_ratio = math.log(seconds / (self.drift * (self._verify.one(rows) + self._context_s * context_tokens)))
+        self.error_ratio += ERROR_RATE * (min(abs(log_ratio), 1.0) - self.error_ratio)
+        before = math.log(self.drift)
+        # each entry is the drift that this step alone would ask for
+        self._recent.append(before + log_ratio)
+        after = before + DRIFT_RATE * (statistics.median_low(self._recent) - before)
+        self.drift = min(max(math.exp(after), DRIFT_LIMITS[0]), DRIFT_LIMITS[1])
+        self._verify.correct(rows, log_ratio - (after - before))
+
+    def observe_draft(self, sequences: int, seconds: float) -> None:
+        """Drafting for `sequences` sequences took `seconds` beyond what a step without drafting takes."""
+        if sequences:
+            seconds = max(seconds, SHORTEST_S)
+            self._draft.correct(sequences, math.log(seconds / max(self.draft_s(sequences), SHORTEST_S)))
+
+    def observe_host(self, sequences: int, seconds: float) -> None:
+        """A step of `sequences` sequences took `seconds` outside target pass and drafting."""
+        bucket = sequences.bit_length()
+        known = self._host.get(bucket)
+        # a stall must not count in full: at most twice the running mean is taken in
+        self._host[bucket] = seconds if known is None else known + HOST_RATE * (min(seconds, 2 * known + 1e-4) - known)
+
+    def save(self, path: Path, key: str) -> None:
+        """Write the model as JSON, whole or not at all. key: names device, target, drafter and versions."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "format": FORMAT,
+            "key": key,
+            "verify": _curve_state(self._verify),
+            "draft": _curve_state(self._draft),
+            "context_s": self._context_s,
+            "host": {str(bucket): seconds for bucket, seconds in self._host.items()},
+            "drift": self.drift,
+        }
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, key: str) -> Self | None:
+        """The saved model, or None when there is none to use; a corrupt or foreign file is logged."""
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["format"] != FORMAT or state["key"] != key:
+                logger.info("cost model %s was measured for something else (%s); measuring again", path, state["key"])
+                return None
+            model = cls(_curve(state["verify"]), _curve(state["draft"]), _positive("context_s", state["context_s"]))
+            model._host = {int(bucket): _positive("host", seconds) for bucket, seconds in state["host"].items()}
+            model.drift = min(max(_positive("drift", state["drift"]), DRIFT_LIMITS[0]), DRIFT_LIMITS[1])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("cost model %s cannot be used (%s); measuring again", path, error)
+            return None
+        return model
+
+
+def _climb(measure: Callable[[int], float], largest: int, budget_s: float) -> tuple[list[int], list[float]]:
+    """Sizes and their times: the ladder, then, while the measured time is below `budget_s`, the jumps between its rungs.
+
+    A rung is the median of up to three passes. Rungs that were not reached are extrapolated from the last two.
+    """
+    spent_s = 0.0
+    known: dict[int, float] = {}
+
+    def time(size: int) -> None:
+        nonlocal spent_s
+        passes: list[float] = []
+        while len(passes) < 3 and (not passes or spent_s < budget_s):
+            passes.append(max(measure(size), SHORTEST_S))
+            spent_s += passes[-1]
+        known[size] = statistics.median_low(passes)
+
+    for size in ladder(largest):
+        if spent_s >= budget_s and len(known) >= 2:
+            before, last = sorted(known)[-2:]
+            known[largest] = known[last] + (known[last] - known[before]) / (last - before) * (largest - last)
+            return sorted(known), [max(known[size], SHORTEST_S) for size in sorted(known)]
+        time(size)
+    between = deque(itertools.pairwise(sorted(known)))
+    while between and spent_s < budget_s:
+        left, right = between.popleft()
+        middle = (left + right) // 2
+        if middle == left or known[right] < known[left] * (1.0 + JUMP_RATIO):
+            continue
+        time(middle)
+        straight = known[left] + (known[right] - known[left]) * (middle - left) / (right - left)
+        if abs(known[middle] - straight) > JUMP_RATIO * straight:
+            between += [(left, middle), (middle, right)]
+    return sorted(known), [known[size] for size in sorted(known)]
+
+
+def _positive(name: str, value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} must be a number >= 0, is {value}")
+    return number
+
+
+def _curve_state(curve: SizeCurve) -> dict[str, list[float]]:
+    return {
+        "sizes": curve.sizes.tolist(),
+        "seconds": curve.seconds.tolist(),
+        "residual": curve.residual.tolist(),
+    }
+
+
+def _curve(state: Mapping[str, Any]) -> SizeCurve:
+    return SizeCurve(state["sizes"], state["seconds"], state["residual"])
