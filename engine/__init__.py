@@ -1,0 +1,47 @@
+"""Tokens in, tokens out: a continuous-batching engine with speculative decoding. No text, no HTTP.
+
+These names are all the server may use.
+"""
+
+from dspark.engine.async_engine import Engine, RequestStream
+from dspark.engine.config import EngineConfig
+from dspark.engine.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineClosedError,
+    EngineError,
+    EngineFailedError,
+    QueueFullError,
+    RequestError,
+)
+from dspark.engine.facts import EngineGauges, EngineInfo, Phase, PlainReason, Reason, RequestFacts, StepFacts
+from dspark.engine.models.locate import ModelFiles, locate_model
+from dspark.engine.request import FinishReason, Request, SamplingParams, StopCheck, TokenDelta, TokenLogprob
+
+__all__ = [
+    "ConfigError",
+    "ContextLengthError",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "EngineFailedError",
+    "EngineGauges",
+    "EngineInfo",
+    "FinishReason",
+    "ModelFiles",
+    "Phase",
+    "PlainReason",
+    "QueueFullError",
+    "Reason",
+    "Request",
+    "RequestError",
+    "RequestFacts",
+    "RequestStream",
+    "SamplingParams",
+    "StepFacts",
+    "StopCheck",
+    "TokenDelta",
+    "TokenLogprob",
+    "locate_model",
+]

@@ -1,0 +1,274 @@
+"""One step's tensor work: target pass, acceptance, the drafter's context, the next drafts. Runs in the worker thread.
+
+The runner keeps what a step needs to know of each sequence (tokens, anchor, drafted block), so the host may plan a step
+before it has seen the last one's outcome: a plan gives bounds, and which drafts fill the budget is decided here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dspark.engine.calibration import CalibrationTable
+from dspark.engine.config import VerificationMode
+from dspark.engine.drafters.drafter import Drafter, DraftRow
+from dspark.engine.kv_cache import BLOCK_SIZE
+from dspark.engine.load_controller import Allocation, fill_budget
+from dspark.engine.models.decoder import Decoder, FlatBatch
+from dspark.engine.noise import NoiseCache
+from dspark.engine.request import TokenLogprob
+from dspark.engine.sampling import Sampler, SampleRow, SamplingState, token_logprobs
+from dspark.engine.sequence import Batch, NextDraft, Round, Sequence, StepResult
+from dspark.engine.verification import accept_coupled, accept_rejection, target_probabilities
+
+_NO_TOKENS = np.empty(0, np.int64)
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """The runner's record of a sequence. tokens: [capacity], the first `length` are prompt and output."""
+
+    sampling: SamplingState
+    tokens: NDArray[np.int64]
+    length: int
+    block_table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    drafts: NDArray[np.int64] = field(default_factory=lambda: _NO_TOKENS)
+    survival: NDArray[np.float32] | None = None
+    draft_probs: torch.Tensor | None = None  # [γ, vocab], rejection mode
+
+    def append(self, tokens: Items[int]) -> None:
+        if self.length + len(tokens) > self.tokens.size:
+            self.tokens = np.resize(self.tokens, 2 * (self.length + len(tokens)))
+        self.tokens[self.length : self.length + len(tokens)] = tokens
+        self.length += len(tokens)
+        self.sampling.append(tokens)
+
+
+class Runner:
+    """Owns the target, the drafter and every sequence's state."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        drafter: Drafter,
+        noise: NoiseCache,
+        stop_token_ids: frozenset[int],
+        verification: VerificationMode,
+        max_draft_tokens: int,
+    ) -> None:
+        """stop_token_ids: the model's own ends of text. max_draft_tokens: drafts kept of a block, at most its size."""
+        self.decoder = decoder
+        self.drafter = drafter
+        self._noise = noise
+        self._sampler = Sampler(decoder.head_weight, noise)
+        self._stop_token_ids = stop_token_ids
+        self._verification = verification
+        self._max_draft_tokens = max_draft_tokens
+        self._states: dict[int, SequenceState] = {}
+
+    def run(self, batch: Batch, allocation: Allocation, calibration: CalibrationTable) -> StepResult:
+        """Run one planned step; `calibration` turns the new drafts' confidence into survival."""
+        started_s = time.perf_counter()
+        self._update_states(batch)
+        lengths = self._draft_lengths(batch, allocation)
+        flat = self._flatten(batch, lengths)
+        hidden, features = self.decoder.forward(flat, self.drafter.feature_layers)
+        wanted = _sampled_rows(batch, lengths)
+        hidden = hidden[torch.from_numpy(wanted)]
+        logits = self.decoder.logits(hidden)
+        forward_s = time.perf_counter()
+        rounds, first_rounds = self._judge(batch, lengths, logits, hidden)
+        sample_s = time.perf_counter()
+        if features is not None:
+            self.drafter.observe(features, flat.positions, flat.slots)
+        inject_s = time.perf_counter()
+        chosen = self._to_draft(batch, allocation)
+        drafts = self._draft(chosen, calibration)
+        return StepResult(
+            rounds=rounds,
+            first_rounds=first_rounds,
+            drafted=[sequence.id for sequence in chosen],
+            drafts=drafts,
+            rows=len(flat.token_ids),
+            forward_s=forward_s - started_s,
+            sample_s=sample_s - forward_s,
+            inject_s=inject_s - sample_s,
+            draft_s=time.perf_counter() - inject_s,
+        )
+
+    def _update_states(self, batch: Batch) -> None:
+        for sequence_id in batch.ended:
+            state = self._states.pop(sequence_id)
+            self._noise.forget(state.sampling.noise_key)
+            self.drafter.forget(sequence_id)
+        for sequence in batch.started:
+            self._states[sequence.id] = self._new_state(sequence)
+        for sequence in batch.sequences:
+            state = self._states[sequence.id]
+            if len(sequence.blocks) != state.block_table.size:
+                state.block_table = np.array(sequence.blocks, np.int32)
+
+    def _new_state(self, sequence: Sequence) -> SequenceState:
+        params = sequence.record.request.sampling
+        model_stops = frozenset() if params.ignore_eos else self._stop_token_ids
+        tokens = np.array(sequence.tokens, np.int64)
+        sampling = SamplingState(
+            params,
+            sequence.noise_key,
+            tokens[: sequence.prompt_len],
+            model_stops | frozenset(params.stop_token_ids),
+            self._noise.vocab_size,
+        )
+        sampling.append(sequence.tokens[sequence.prompt_len :])
+        return SequenceState(sampling, tokens, len(tokens))
+
+    def _draft_lengths(self, batch: Batch, allocation: Allocation) -> NDArray[np.int32]:
+        """How many drafts of each decode are verified, [decodes]."""
+        caps = np.array([decode.cap for decode in batch.decodes], np.int32)
+        if not allocation.budget or not caps.any():
+            return np.zeros(len(caps), np.int32)
+        survival = np.zeros((len(caps), self.drafter.block_size), np.float32)
+        for row, decode in zip(survival, batch.decodes, strict=True):
+            known = self._states[decode.sequence.id].survival
+            if known is not None:
+                row[:] = known
+        return fill_budget(survival, caps, allocation.budget)
+
+    def _flatten(self, batch: Batch, lengths: NDArray[np.int32]) -> FlatBatch:
+        """Decodes first, then prefill chunks; K/V slots from each sequence's block table."""
+        tokens, firsts, tables = [], [], []
+        for decode, length in zip(batch.decodes, lengths.tolist(), strict=True):
+            state = self._states[decode.sequence.id]
+            tokens.append(state.tokens[state.length - 1 : state.length])
+            if length:
+                tokens[-1] = np.concatenate((tokens[-1], state.drafts[:length]))
+            firsts.append(state.length - 1)
+            tables.append(state.block_table)
+        for prefill in batch.prefills:
+            state = self._states[prefill.sequence.id]
+            tokens.append(state.tokens[prefill.start : prefill.start + prefill.count])
+            firsts.append(prefill.start)
+            tables.append(state.block_table)
+        counts = np.array([len(one) for one in tokens], np.int32)
+        row_starts = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=row_starts[1:])
+        first_positions = np.array(firsts, np.int32)
+        owners = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(row_starts[-1], dtype=np.int32) + (first_positions - row_starts[:-1])[owners]
+        block_tables = np.zeros((len(tables), max(table.size for table in tables)), np.int32)
+        for row, table in zip(block_tables, tables, strict=True):
+            row[: table.size] = table
+        slots = block_tables[owners, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        return FlatBatch(np.concatenate(tokens), positions, slots, block_tables, row_starts, first_positions)
+
+    def _judge(
+        self, batch: Batch, lengths: NDArray[np.int32], logits: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[list[Round], list[Round]]:
+        """Accept drafts and add the target's own token, for every decode and every prefill that ends."""
+        ends = [prefill.sequence for prefill in batch.prefills if prefill.ends]
+        sequences = [*(decode.sequence for decode in batch.decodes), *ends]
+        states = [self._states[sequence.id] for sequence in sequences]
+        counts = [*lengths.tolist(), *([0] * len(ends))]
+        rows = [
+            SampleRow(state.sampling, state.length + j, state.drafts[:j])
+            for state, count in zip(states, counts, strict=True)
+            for j in range(count + 1)
+        ]
+        coupled = self._sampler.sample(logits, hidden, rows) if self._verification == "coupled" and rows else _NO_TOKENS
+        rounds, start = [], 0
+        for state, count in zip(states, counts, strict=True):
+            block = slice(start, start + count + 1)
+            start += count + 1
+            if self._verification == "coupled":
+                accepted = accept_coupled(state.drafts[:count], coupled[block])
+                bonus = int(coupled[block][accepted])
+            else:
+                accepted, bonus = self._reject(state, count, logits[block], hidden[block], rows[block])
+            tokens = [*state.drafts[:accepted].tolist(), bonus]
+            logprobs = self._logprobs(state, logits[block], hidden[block], tokens)
+            state.append(tokens)
+            state.drafts, state.survival, state.draft_probs = _NO_TOKENS, None, None
+            self._noise.drop_before(state.sampling.noise_key, state.length)
+            rounds.append(Round(tokens, count, accepted, logprobs))
+        return rounds[: len(batch.decodes)], rounds[len(batch.decodes) :]
+
+    def _reject(
+        self, state: SequenceState, count: int, logits: torch.Tensor, hidden: torch.Tensor, rows: Items[SampleRow]
+    ) -> tuple[int, int]:
+        params = state.sampling.params
+        processed = self._sampler.processed(logits, hidden, rows)
+        p = np.stack(
+            [
+                target_probabilities(row, params.temperature, params.top_k, params.top_p, params.min_p)
+                for row in processed
+            ]
+        )
+        q = np.empty((0, p.shape[1])) if state.draft_probs is None else state.draft_probs[:count].double().numpy()
+        return accept_rejection(state.drafts[:count], p, q, state.sampling.noise_key, state.length - 1)
+
+    def _logprobs(
+        self, state: SequenceState, logits: torch.Tensor, hidden: torch.Tensor, tokens: list[int]
+    ) -> list[TokenLogprob] | None:
+        count = state.sampling.params.logprobs
+        if count is None:
+            return None
+        raw = self._sampler.raw(logits[: len(tokens)], hidden[: len(tokens)])
+        return [token_logprobs(row, token, count) for row, token in zip(raw, tokens, strict=True)]
+
+    def _to_draft(self, batch: Batch, allocation: Allocation) -> list[Sequence]:
+        """The sequences that the allocation wants drafted and that go on."""
+        chosen = [d.sequence for d, wanted in zip(batch.decodes, allocation.draft_next, strict=True) if wanted]
+        if allocation.draft_new:
+            chosen += [prefill.sequence for prefill in batch.prefills if prefill.ends]
+        return [sequence for sequence in chosen if self._goes_on(sequence)]
+
+    def _draft(self, chosen: Items[Sequence], calibration: CalibrationTable) -> dict[int, NextDraft]:
+        """Draft the next block of each."""
+        if not chosen:
+            return {}
+        states = [self._states[sequence.id] for sequence in chosen]
+        draft = self.drafter.propose(
+            [
+                DraftRow(
+                    sequence_id=sequence.id,
+                    tokens=state.tokens[: state.length],
+                    position=state.length - 1,
+                    temperature=state.sampling.temperature,
+                    noise_key=state.sampling.noise_key,
+                    block_table=state.block_table,
+                )
+                for sequence, state in zip(chosen, states, strict=True)
+            ]
+        )
+        sampled = np.array([state.sampling.temperature > 0 for state in states])
+        survival = calibration.survival(draft.confidence, sampled)
+        lengths = np.minimum(draft.lengths, self._max_draft_tokens)
+        survival[np.arange(survival.shape[1]) >= lengths[:, None]] = 0.0
+        drafts = {}
+        for i, (sequence, state) in enumerate(zip(chosen, states, strict=True)):
+            proposed = int(lengths[i])
+            if proposed:
+                state.drafts, state.survival = draft.tokens[i, :proposed], survival[i]
+                state.draft_probs = None if draft.probs is None else draft.probs[i]
+                drafts[sequence.id] = NextDraft(proposed, draft.confidence[i], survival[i])
+        return drafts
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """No length limit and no end-of-text token was reached (a stop string may still end it: that is known to the host)."""
+        state = self._states[sequence.id]
+        new = state.tokens[len(sequence.tokens) : state.length].tolist()
+        within = state.length - sequence.prompt_len < sequence.max_tokens
+        return within and state.sampling.stop_ids.isdisjoint(new)
+
+
+def _sampled_rows(batch: Batch, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Flat rows that are sampled from: all rows of decodes, the last of each prefill that ends."""
+    decode_rows = int(lengths.sum()) + len(lengths)
+    ends = np.cumsum([prefill.count for prefill in batch.prefills], dtype=np.int64) + decode_rows - 1
+    last = ends[[prefill.ends for prefill in batch.prefills]] if batch.prefills else ends
+    return np.concatenate((np.arange(decode_rows, dtype=np.int64), last))

@@ -1,0 +1,284 @@
+"""Who runs in a step, and what a step's result means for each sequence.
+
+Token budget of a step, in this order: anchors, prefill chunks, drafts. Blocks: a sequence is admitted with blocks for all its
+tokens; while decoding it grows by a block at a time. When none is left, drafts are shortened first, then the newest sequence
+is preempted: it gives its blocks back and later recomputes what is no longer in the prefix cache. The oldest sequence can
+always run, since a request that could not run alone is refused at submit.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections import deque
+
+from dspark.engine.accounting import count_round
+from dspark.engine.facts import Reason, StepFacts
+from dspark.engine.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from dspark.engine.load_controller import Allocation
+from dspark.engine.request import FinishReason, TokenDelta
+from dspark.engine.sequence import Batch, Decode, Prefill, RequestRecord, Round, Sequence, Status, StepResult
+
+
+class Scheduler:
+    """One thread. `schedule` and `commit` alternate; `add` and `abort` may come in between."""
+
+    def __init__(
+        self, kv_cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, stop_token_ids: frozenset[int]
+    ) -> None:
+        """stop_token_ids: the model's own ends of text."""
+        self.kv_cache = kv_cache
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self._max_num_seqs = max_num_seqs
+        self._max_tokens = max_num_batched_tokens
+        self._stop_token_ids = stop_token_ids
+        self._ended: list[int] = []
+        self._preemptions = 0
+        self._cancelled = 0
+        self._evicted_before = 0
+        self.queue_tokens = 0
+        """Verifier-queue tokens of the last plan that could start now or next step."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, record: RequestRecord) -> None:
+        """Queue the request's first sequence; the others follow when its prompt is in the prefix cache."""
+        self.waiting.append(record.sequences[0])
+
+    def abort(self, record: RequestRecord) -> None:
+        """Free the request's sequences: at once, or those in flight when their step is committed."""
+        record.aborted = True
+        freed = False
+        for sequence in record.sequences:
+            if sequence.in_flight or sequence.status is Status.FINISHED:
+                continue
+            if sequence.status is Status.WAITING and sequence in self.waiting:
+                self.waiting.remove(sequence)
+            self._finish(sequence, FinishReason.ABORT)
+            freed = True
+        if freed and record.finished:
+            self._cancelled += 1
+
+    def schedule(self) -> Batch | None:
+        """Plan a step; None when there is nothing to do."""
+        decodes = self._plan_anchors()
+        budget = self._max_tokens - len(decodes)
+        prefills: list[Prefill] = []
+        for sequence in [s for s in self.running if not s.decoding]:
+            budget -= self._plan_prefill(sequence, budget, prefills)
+        started: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            started.append(sequence)
+            budget -= self._plan_prefill(sequence, budget, prefills)
+        if not decodes and not prefills:
+            return None
+        planned = [self._plan_drafts(sequence) for sequence in decodes]
+        self.queue_tokens = self._queue_tokens(prefills)
+        ended, self._ended = self._ended, []
+        batch = Batch(planned, prefills, started, ended, budget, self.queue_tokens, len(self.waiting))
+        for sequence in batch.sequences:
+            sequence.in_flight = True
+        return batch
+
+    def _plan_anchors(self) -> list[Sequence]:
+        """The decoding sequences, each with a block for its anchor."""
+        planned = []
+        for sequence in list(self.running):
+            if sequence.status is Status.RUNNING and sequence.decoding:
+                while not self._grow(sequence, sequence.computed + 1):
+                    self._preempt(self.running[-1])
+                    if sequence.status is not Status.RUNNING:
+                        break
+                else:
+                    planned.append(sequence)
+        return [sequence for sequence in planned if sequence.status is Status.RUNNING]
+
+    def _plan_prefill(self, sequence: Sequence, budget: int, prefills: list[Prefill]) -> int:
+        count = min(sequence.prefill_left, budget)
+        if count:
+            prefills.append(Prefill(sequence, sequence.computed, count, ends=count == sequence.prefill_left))
+        return count
+
+    def _plan_drafts(self, sequence: Sequence) -> Decode:
+        """Cap the sequence's drafts by what it may still generate and by the blocks that can be had."""
+        proposed = sequence.draft_proposed
+        cap, reason = min(proposed, sequence.remaining - 1), Reason.LENGTH
+        if cap and not self._grow(sequence, sequence.computed + 1 + cap):
+            cap, reason = len(sequence.blocks) * BLOCK_SIZE - sequence.computed - 1, Reason.KV
+        return Decode(sequence, proposed, cap, reason if cap < proposed else None)
+
+    def _grow(self, sequence: Sequence, positions: int) -> bool:
+        """Make the sequence's blocks cover `positions`; False, and nothing taken, when there are too few."""
+        missing = blocks_for(positions) - len(sequence.blocks)
+        if missing > 0:
+            blocks = self.kv_cache.allocate(missing)
+            if blocks is None:
+                return False
+            sequence.blocks += blocks
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the sequence blocks for all its tokens, shared ones where its prefix is cached; False: not enough."""
+        total = blocks_for(len(sequence.tokens) + 1)
+        # at least one token is computed anew, so that there is a row to sample from
+        sequence.extend_names((len(sequence.tokens) - 1) // BLOCK_SIZE)
+        shared = self.kv_cache.find(sequence.names[: (len(sequence.tokens) - 1) // BLOCK_SIZE])
+        reserve = len(self.running)  # a block of growth for each: an admission must not cause a preemption at once
+        spare = self.kv_cache.available - self.kv_cache.cached_among(shared)
+        if total - len(shared) + reserve > spare:
+            return False
+        self.kv_cache.share(shared)
+        fresh = self.kv_cache.allocate(total - len(shared))
+        assert fresh is not None
+        sequence.blocks = shared + fresh
+        sequence.computed = len(shared) * BLOCK_SIZE
+        sequence.published = len(shared)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=lambda s: s.id)
+        facts = sequence.record.facts
+        if facts.scheduled_s is None:
+            facts.scheduled_s = time.monotonic()
+            facts.cached_tokens = sequence.computed
+        return True
+
+    def _queue_tokens(self, prefills: list[Prefill]) -> int:
+        """Tokens beyond this step's that could start now or share its budget: the rest of running prompts, and waiting
+
+        prompts for which there are slots and blocks.
+        """
+        planned = {p.sequence.id: p.count for p in prefills}
+        tokens = sum(s.prefill_left - planned.get(s.id, 0) for s in self.running)
+        slots, blocks = self._max_num_seqs - len(self.running), self.kv_cache.available - len(self.running)
+        for sequence in self.waiting:
+            blocks -= blocks_for(len(sequence.tokens) + 1)
+            if slots <= 0 or blocks < 0:
+                break
+            slots -= 1
+            tokens += len(sequence.tokens)
+        return tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.kv_cache.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.published = [], 0, 0
+        sequence.drop_draft()
+        sequence.status = Status.WAITING
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+        self._ended.append(sequence.id)
+        self._preemptions += 1
+        sequence.record.facts.preemptions += 1
+
+    def commit(self, batch: Batch, allocation: Allocation, result: StepResult, facts: StepFacts) -> list[RequestRecord]:
+        """Take in a step's result and count it; returns the requests that have something to deliver."""
+        touched: dict[int, RequestRecord] = {}
+        for prefill in batch.prefills:
+            prefill.sequence.computed += prefill.count
+            facts.prompt_computed += prefill.count
+        for decode, cut, round_ in zip(batch.decodes, allocation.reason, result.rounds, strict=True):
+            decode.sequence.computed += 1 + round_.accepted
+            if not decode.sequence.record.aborted:
+                kept = self._append(decode.sequence, round_)
+                count_round(facts, decode, decode.cap_reason if round_.verified == decode.cap else cut, round_, kept)
+                touched[id(decode.sequence.record)] = decode.sequence.record
+        for decode, plain_reason in zip(batch.decodes, allocation.plain_reason, strict=True):
+            decode.sequence.plain_reason = plain_reason
+        endings = [prefill.sequence for prefill in batch.prefills if prefill.ends]
+        for sequence, round_ in zip(endings, result.first_rounds, strict=True):
+            sequence.plain_reason = allocation.plain_reason_new
+            if not sequence.record.aborted:
+                kept = self._append(sequence, round_)
+                facts.first_tokens += kept
+                facts.generated += kept
+                touched[id(sequence.record)] = sequence.record
+        for sequence in batch.sequences:
+            sequence.in_flight = False
+            sequence.drop_draft()
+            if sequence.status is Status.RUNNING:
+                self._publish(sequence)
+                self._settle(sequence, result)
+        for sequence in endings:
+            self._start_siblings(sequence)
+        self._count_memory(facts)
+        return list(touched.values())
+
+    def _append(self, sequence: Sequence, round_: Round) -> int:
+        """Append the round's tokens up to a stop; returns how many were kept."""
+        stops = sequence.record.request.sampling.stop_token_ids
+        ignore_eos = sequence.record.request.sampling.ignore_eos
+        tokens, reason = round_.tokens, None
+        for index, token in enumerate(tokens):
+            if token in stops or (token in self._stop_token_ids and not ignore_eos):
+                tokens, reason = tokens[: index + 1], FinishReason.STOP
+                break
+        if reason is None and len(tokens) >= sequence.remaining:
+            reason = FinishReason.LENGTH
+        if sequence.stop_check is not None:
+            kept = sequence.stop_check(tokens)
+            if kept is not None:
+                tokens, reason = tokens[:kept], FinishReason.STOP
+        sequence.tokens += tokens
+        sequence.finish_reason = reason
+        self._note_tokens(sequence, len(tokens))
+        sequence.record.deltas.append(
+            TokenDelta(
+                index=sequence.choice,
+                token_ids=tuple(tokens),
+                accepted_drafts=min(round_.accepted, len(tokens)),
+                logprobs=None if round_.logprobs is None else tuple(round_.logprobs[: len(tokens)]),
+                finish_reason=reason,
+            )
+        )
+        return len(tokens)
+
+    def _note_tokens(self, sequence: Sequence, count: int) -> None:
+        facts = sequence.record.facts
+        facts.generated_tokens += count
+        if facts.first_token_s is None and count:
+            facts.first_token_s = time.monotonic()
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the blocks that have become full of computed, committed tokens."""
+        full = sequence.computed // BLOCK_SIZE
+        sequence.extend_names(full)
+        for index in range(sequence.published, full):
+            self.kv_cache.publish(sequence.blocks[index], sequence.names[index])
+        sequence.published = max(sequence.published, full)
+
+    def _settle(self, sequence: Sequence, result: StepResult) -> None:
+        """Finish the sequence if it has ended, else keep the block drafted for its next round."""
+        if sequence.record.aborted:
+            self._finish(sequence, FinishReason.ABORT)
+            if sequence.record.finished:
+                self._cancelled += 1
+        elif sequence.finish_reason is not None:
+            self._finish(sequence, sequence.finish_reason)
+        elif (draft := result.drafts.get(sequence.id)) is not None:
+            sequence.draft_proposed = draft.proposed
+            sequence.draft_confidence, sequence.draft_survival = draft.confidence, draft.survival
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.status is Status.RUNNING:
+            self.kv_cache.release(sequence.blocks)
+            sequence.blocks = []
+            self.running.remove(sequence)
+            self._ended.append(sequence.id)
+        sequence.status, sequence.finish_reason = Status.FINISHED, reason
+        sequence.drop_draft()
+        if sequence.record.finished:
+            sequence.record.facts.finished_s = time.monotonic()
+
+    def _start_siblings(self, sequence: Sequence) -> None:
+        """The first choice's prompt is computed: its other choices start from the prefix cache, ahead of the queue."""
+        if sequence.choice == 0 and not sequence.record.siblings_started and not sequence.record.aborted:
+            sequence.record.siblings_started = True
+            self.waiting.extendleft(reversed(sequence.record.sequences[1:]))
+
+    def _count_memory(self, facts: StepFacts) -> None:
+        facts.preemptions, self._preemptions = self._preemptions, 0
+        facts.freed_after_cancel, self._cancelled = self._cancelled, 0
+        facts.evicted_blocks = self.kv_cache.evicted_total - self._evicted_before
+        self._evicted_before = self.kv_cache.evicted_total

@@ -1,0 +1,186 @@
+"""The engine's own record of a request in flight, and of one step's batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.engine.facts import PlainReason, Reason, RequestFacts
+from dspark.engine.kv_cache import BLOCK_SIZE, block_name
+from dspark.engine.request import FinishReason, Request, StopCheck, TokenDelta, TokenLogprob
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class RequestRecord:
+    """One request: its n sequences, its facts, and the deltas not yet delivered."""
+
+    request: Request
+    facts: RequestFacts
+    sequences: list[Sequence] = field(default_factory=list)
+    deltas: list[TokenDelta] = field(default_factory=list)
+    aborted: bool = False
+    siblings_started: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request. Only the scheduler writes to it, between steps.
+
+    tokens: prompt and output. computed: positions whose K/V are in `blocks`; while decoding, the one token beyond is the anchor.
+    names: of the full blocks of `tokens`, as far as known. draft_*: the block drafted for the next round, raw and calibrated.
+    """
+
+    id: int  # ascending in order of arrival
+    record: RequestRecord
+    choice: int
+    noise_key: int
+    max_tokens: int
+    stop_check: StopCheck | None
+    tokens: list[int]
+    prompt_len: int
+    salt: bytes
+    status: Status = Status.WAITING
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    published: int = 0
+    finish_reason: FinishReason | None = None
+    in_flight: bool = False
+    draft_proposed: int = 0
+    draft_confidence: NDArray[np.float32] | None = None
+    draft_survival: NDArray[np.float32] | None = None
+    plain_reason: PlainReason | None = None  # why nothing is drafted for the next round
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        return self.max_tokens - self.generated
+
+    @property
+    def decoding(self) -> bool:
+        """All but the anchor are computed, and the anchor is an output token."""
+        return self.computed == len(self.tokens) - 1 and self.generated > 0
+
+    @property
+    def prefill_left(self) -> int:
+        """Tokens still to be computed before the next one can be sampled; 0 while decoding."""
+        return 0 if self.decoding else len(self.tokens) - self.computed
+
+    def extend_names(self, full_blocks: int) -> None:
+        """Name the first `full_blocks` blocks of `tokens`."""
+        while len(self.names) < full_blocks:
+            start = len(self.names) * BLOCK_SIZE
+            ids = np.array(self.tokens[start : start + BLOCK_SIZE], np.int64)
+            self.names.append(block_name(self.names[-1] if self.names else self.salt, ids))
+
+    def drop_draft(self) -> None:
+        self.draft_proposed, self.draft_confidence, self.draft_survival = 0, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One round: the anchor and at most `cap` of the `proposed` drafts. `cap_reason`: what bounds cap below proposed."""
+
+    sequence: Sequence
+    proposed: int
+    cap: int
+    cap_reason: Reason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """`count` tokens from position `start`; `ends`: the last of them is the sequence's last token, so one is sampled."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    ends: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work, planned by the scheduler.
+
+    started: sequences that (re)enter the runner with this step. ended: ids it can forget.
+    draft_room: rows left in the token budget. queue_tokens: verifier-queue tokens that could start now or next step.
+    """
+
+    decodes: list[Decode]
+    prefills: list[Prefill]
+    started: list[Sequence]
+    ended: list[int]
+    draft_room: int
+    queue_tokens: int
+    waiting_sequences: int
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [*(decode.sequence for decode in self.decodes), *(prefill.sequence for prefill in self.prefills)]
+
+    @property
+    def prefill_rows(self) -> int:
+        return sum(prefill.count for prefill in self.prefills)
+
+    @property
+    def context_tokens(self) -> int:
+        """K/V entries that attention reads, once per anchor and once per prefill row."""
+        decodes = sum(decode.sequence.computed for decode in self.decodes)
+        return decodes + sum(p.count * (p.start + p.count // 2) for p in self.prefills)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What the target made of one decode or of a prefill's end (then verified = accepted = 0).
+
+    tokens: accepted drafts, then the bonus token.
+    """
+
+    tokens: list[int]
+    verified: int
+    accepted: int
+    logprobs: list[TokenLogprob] | None
+
+
+@dataclass(frozen=True, slots=True)
+class NextDraft:
+    """The block drafted for a sequence's next round. confidence, survival: [γ] float32."""
+
+    proposed: int
+    confidence: NDArray[np.float32]
+    survival: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the runner brings back. rounds: as Batch.decodes; first_rounds: as the prefills that end.
+
+    drafted: ids of the sequences that were drafted for; drafts: by sequence id, of those for which something was proposed.
+    rows: of the target pass. Times in seconds: forward_s target pass with head, sample_s sampling and acceptance,
+    inject_s drafter context, draft_s drafting.
+    """
+
+    rounds: list[Round]
+    first_rounds: list[Round]
+    drafted: list[int]
+    drafts: dict[int, NextDraft]
+    rows: int
+    forward_s: float
+    sample_s: float
+    inject_s: float
+    draft_s: float

@@ -1,0 +1,267 @@
+"""From options to a running engine's parts: load, check, allocate, warm up, measure. Everything here blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dspark.engine.calibration import Calibration
+from dspark.engine.config import EngineConfig
+from dspark.engine.cost_model import CostModel
+from dspark.engine.drafters.drafter import Drafter, DraftRow
+from dspark.engine.drafters.dspark import Noise
+from dspark.engine.drafters.open_drafter import open_drafter
+from dspark.engine.errors import ConfigError
+from dspark.engine.facts import EngineInfo
+from dspark.engine.kv_cache import BLOCK_SIZE, blocks_for
+from dspark.engine.load_controller import LoadController
+from dspark.engine.models.decoder import Decoder, FlatBatch, LinearFactory
+from dspark.engine.models.locate import cache_folder, locate_model
+from dspark.engine.models.spec import read_spec
+from dspark.engine.models.weights import load_weights
+from dspark.engine.noise import NoiseCache, Stream
+from dspark.engine.runner import Runner
+from dspark.kernels.gumbel_noise import gumbel_noise
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+PROFILE_CONTEXT_TOKENS = 512
+LARGEST_DEFAULT_KV_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    info: EngineInfo
+    runner: Runner
+    controller: LoadController
+    stop_token_ids: frozenset[int]
+
+
+def check_config(config: EngineConfig) -> None:
+    """Raise ConfigError for a value that cannot work with any model."""
+    cores = os.cpu_count() or 1
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError("device", f"{config.device} is not supported; this version runs on `cpu`")
+    if config.threads is not None and not 1 <= config.threads <= cores:
+        raise ConfigError("threads", f"{config.threads} is not in 1..{cores}, the processor's cores")
+    for field in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests"):
+        if getattr(config, field) < 1:
+            raise ConfigError(field, f"{getattr(config, field)} must be at least 1")
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            "max_num_batched_tokens",
+            f"{config.max_num_batched_tokens} must be at least max_num_seqs ({config.max_num_seqs}), a row each",
+        )
+    if config.verification == "rejection" and config.speculation == "adaptive":
+        raise ConfigError(
+            "verification",
+            "rejection is lossless only while draft lengths ignore the drafts; use speculation `fixed` or `off` with it",
+        )
+
+
+def choose_dtype(config: EngineConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+
+
+def start_up(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
+    """Build the engine's parts. Call in the thread that will run the steps. Raises ConfigError."""
+    check_config(config)
+    cache = cache_folder(config.cache_dir)
+    threads = config.threads or max(1, (os.cpu_count() or 1) - 1)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    clock = _PhaseClock()
+    files = locate_model(config.model, config.cache_dir, progress)
+    spec = read_spec(files.folder)
+    max_model_len = config.max_model_len or spec.max_position
+    if not 2 <= max_model_len <= spec.max_position:
+        raise ConfigError("max_model_len", f"{max_model_len} is not in 2..{spec.max_position}, the model's positions")
+    dtype = choose_dtype(config)
+    linear = LinearFactory()
+    decoder = Decoder(spec, load_weights(files.folder, spec, dtype, progress), max_model_len, linear)
+    clock.end("target_weights")
+    noise = NoiseCache(spec.vocab_size)
+    drafter, temperatures = open_drafter(config, decoder, max_model_len, _draft_noise(config, noise))
+    clock.end("draft_weights")
+    kv_bytes, num_blocks = _plan_kv(config, decoder, drafter, max_model_len)
+    decoder.allocate_kv(num_blocks, BLOCK_SIZE)
+    drafter.allocate_context(num_blocks, BLOCK_SIZE)
+    clock.end("kv_alloc")
+    row_invariant = linear.row_invariant and _rows_are_invariant(decoder, num_blocks)
+    if not row_invariant:
+        log.warning("row-invariance self-test failed: answers may depend on batching on this machine")
+    clock.end("warmup")
+    timer = PassTimer(decoder, drafter, num_blocks)
+    cost = _costs(config, cache, files.name, timer, (dtype, threads, drafter.name, spec))
+    clock.end("profile")
+    most = min(config.num_speculative_tokens or drafter.block_size, drafter.block_size)
+    stop_ids = frozenset(spec.eos_token_ids)
+    info = EngineInfo(
+        model_name=files.name,
+        drafter_name=drafter.name,
+        device="cpu",
+        dtype=str(dtype).removeprefix("torch."),
+        threads=threads,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        kv_cache_bytes=kv_bytes,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_draft_tokens=most,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        row_invariant=row_invariant,
+        load_seconds=clock.phases,
+    )
+    runner = Runner(decoder, drafter, noise, stop_ids, config.verification, most)
+    calibration = Calibration(drafter.block_size, temperatures or None)
+    controller = LoadController(config.speculation, drafter.block_size, cost, calibration)
+    return EngineParts(info, runner, controller, stop_ids)
+
+
+class _PhaseClock:
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last_s = time.monotonic()
+
+    def end(self, phase: str) -> None:
+        now_s = time.monotonic()
+        self.phases[phase] = now_s - self._last_s
+        self._last_s = now_s
+
+
+def _draft_noise(config: EngineConfig, noise: NoiseCache) -> Noise:
+    """What the drafter draws with: the target's own noise, or in rejection mode noise that is independent of it."""
+    if config.verification == "coupled":
+        return lambda keys, positions, rounds: torch.from_numpy(noise.rows(keys, positions))
+    return lambda keys, positions, rounds: torch.from_numpy(
+        gumbel_noise(keys, positions, rounds, noise.vocab_size, Stream.DRAFT)
+    )
+
+
+def _plan_kv(config: EngineConfig, decoder: Decoder, drafter: Drafter, max_model_len: int) -> tuple[int, int]:
+    """(bytes, blocks) of the pool: what was asked for, else a quarter of the free memory, never more than can be used."""
+    block_bytes = decoder.bytes_per_block(BLOCK_SIZE) + drafter.bytes_per_block(BLOCK_SIZE)
+    budget = config.kv_cache_bytes
+    if budget is None:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        budget = min(free // 4, LARGEST_DEFAULT_KV_BYTES)
+    most = config.max_num_seqs * blocks_for(max_model_len)
+    blocks = min(budget // block_bytes, most)
+    if blocks < 2:
+        raise ConfigError(
+            "kv_cache_memory", f"{budget} bytes hold {blocks} blocks of {block_bytes} bytes; give at least 2"
+        )
+    return blocks * block_bytes, blocks
+
+
+def _rows_are_invariant(decoder: Decoder, num_blocks: int) -> bool:
+    """Self-test on the loaded weights: a row's hidden state and logits are the same bits alone and in company."""
+    count = min(24, num_blocks * BLOCK_SIZE)
+    tokens = np.arange(count, dtype=np.int64) * 97 % decoder.spec.vocab_size
+    table = np.arange(blocks_for(count), dtype=np.int32)
+    together, _ = decoder.forward(flat_sequences([(tokens, 0, table)]))
+    logits = decoder.logits(together)
+    for row in range(count):
+        alone, _ = decoder.forward(flat_sequences([(tokens[row : row + 1], row, table)]))
+        if not torch.equal(alone, together[row : row + 1]) or not torch.equal(
+            decoder.logits(alone), logits[row : row + 1]
+        ):
+            return False
+    return True
+
+
+def flat_sequences(sequences: list[tuple[NDArray[np.int64], int, NDArray[np.int32]]]) -> FlatBatch:
+    """A flat batch of (token ids, first position, block table) triples whose tables are equally long."""
+    counts = [len(tokens) for tokens, _, _ in sequences]
+    tables = np.stack([table for _, _, table in sequences])
+    positions = np.concatenate([first + np.arange(len(tokens), dtype=np.int32) for tokens, first, _ in sequences])
+    owners = np.repeat(np.arange(len(sequences)), counts)
+    slots = tables[owners, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+    row_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    first_positions = np.array([first for _, first, _ in sequences], np.int32)
+    return FlatBatch(
+        np.concatenate([tokens for tokens, _, _ in sequences]), positions, slots, tables, row_starts, first_positions
+    )
+
+
+class PassTimer:
+    """Times real passes for the cost model. It scribbles over the K/V pool, so only before the first request."""
+
+    repeats = 3
+    rows_per_sequence = 8
+
+    def __init__(self, decoder: Decoder, drafter: Drafter, num_blocks: int) -> None:
+        self._decoder = decoder
+        self._drafter = drafter
+        self._num_blocks = num_blocks
+
+    def verify_s(self, rows: int, context_tokens: int) -> float:
+        """Seconds of a target pass, head and drafter context included: the best of a few."""
+        first = min(context_tokens, (self._num_blocks - 1) * BLOCK_SIZE)
+        width = blocks_for(first + self.rows_per_sequence)
+        sequences = []
+        for start in range(0, rows, self.rows_per_sequence):
+            count = min(self.rows_per_sequence, rows - start)
+            table = (np.arange(width, dtype=np.int32) + start) % self._num_blocks
+            sequences.append((np.zeros(count, np.int64), first, table))
+        flat = flat_sequences(sequences)
+
+        def run() -> None:
+            hidden, features = self._decoder.forward(flat, self._drafter.feature_layers)
+            self._decoder.logits(hidden)
+            if features is not None:
+                self._drafter.observe(features, flat.positions, flat.slots)
+
+        return self._best(run)
+
+    def draft_s(self, sequences: int) -> float:
+        """Seconds of drafting one block for each of `sequences` sequences."""
+        length = min(4 * BLOCK_SIZE, self._num_blocks * BLOCK_SIZE - 1)
+        table = np.arange(blocks_for(length + 1), dtype=np.int32)
+        tokens = np.zeros(length + 1, np.int64)
+        rows = [DraftRow(-1 - i, tokens, length, 0.0, 0, table) for i in range(sequences)]
+        seconds = self._best(lambda: self._drafter.propose(rows))
+        for row in rows:
+            self._drafter.forget(row.sequence_id)
+        return seconds
+
+    def _best(self, run: Callable[[], object]) -> float:
+        run()
+        times = []
+        for _ in range(self.repeats):
+            started_s = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started_s)
+        return min(times)
+
+
+def _costs(
+    config: EngineConfig, cache: Path, model_name: str, timer: PassTimer, made_of: tuple[object, ...]
+) -> CostModel:
+    """The measured costs, from the last start where everything they depend on is the same."""
+    facts = (platform.processor(), platform.node(), os.cpu_count(), torch.__version__, version("numba"))
+    sizes = (config.max_num_seqs, config.max_num_batched_tokens, version("dspark-server"))
+    key = hashlib.blake2b(repr((model_name, facts, sizes, made_of)).encode(), digest_size=12).hexdigest()
+    path = cache / "costs" / f"{key}.json"
+    cost = CostModel.load(path, key)
+    if cost is None:
+        cost = CostModel.profile(
+            timer, config.max_num_batched_tokens, config.max_num_seqs, context_tokens=PROFILE_CONTEXT_TOKENS
+        )
+        cost.save(path, key)
+    return cost

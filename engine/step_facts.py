@@ -1,0 +1,82 @@
+"""Translations between a step's plan and result and what the load controller and the metrics read. No decisions here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dspark.engine.facts import Phase, StepFacts
+from dspark.engine.load_controller import Allocation, StepLoad, StepOutcome
+from dspark.engine.sequence import Batch, StepResult
+
+
+def step_load(batch: Batch, block_size: int) -> StepLoad:
+    """What the step could do, with `block_size` γ."""
+    survival = np.zeros((len(batch.decodes), block_size), np.float32)
+    for row, decode in zip(survival, batch.decodes, strict=True):
+        if decode.sequence.draft_survival is not None:
+            row[:] = decode.sequence.draft_survival
+    computing = len(batch.prefills)
+    return StepLoad(
+        sequence_ids=[decode.sequence.id for decode in batch.decodes],
+        survival=survival,
+        proposed=np.array([decode.proposed for decode in batch.decodes], np.int32),
+        caps=np.array([decode.cap for decode in batch.decodes], np.int32),
+        context_tokens=batch.context_tokens,
+        draft_room=batch.draft_room,
+        prefill_tokens=batch.prefill_rows,
+        prefill_ending=sum(prefill.ends for prefill in batch.prefills),
+        queue_tokens=batch.queue_tokens,
+        waiting_requests=batch.waiting_sequences + computing,
+    )
+
+
+def step_outcome(batch: Batch, load: StepLoad, result: StepResult) -> StepOutcome:
+    """What the step did, without its host time; to be called before the drafts are dropped by commit."""
+    confidence = np.zeros_like(load.survival)
+    for row, decode in zip(confidence, batch.decodes, strict=True):
+        if decode.sequence.draft_confidence is not None:
+            row[:] = decode.sequence.draft_confidence
+    sampled = [not decode.sequence.record.request.sampling.greedy for decode in batch.decodes]
+    return StepOutcome(
+        rows=result.rows,
+        context_tokens=load.context_tokens,
+        verify_s=result.forward_s + result.sample_s + result.inject_s,
+        drafting_sequences=len(result.drafted),
+        draft_s=result.draft_s,
+        host_s=0.0,
+        sequence_ids=load.sequence_ids,
+        survival=load.survival,
+        confidence=confidence,
+        sampled=np.array(sampled, np.bool_),
+        proposed=load.proposed,
+        verified=np.array([round_.verified for round_ in result.rounds], np.int32),
+        accepted=np.array([round_.accepted for round_ in result.rounds], np.int32),
+    )
+
+
+def describe_plan(batch: Batch, allocation: Allocation) -> StepFacts:
+    """The facts that are known before the step has run."""
+    facts = StepFacts()
+    if batch.prefills:
+        facts.phase = Phase.MIXED if batch.decodes else Phase.PREFILL
+    facts.batch_sequences = len(batch.decodes) + len(batch.prefills)
+    for sequence in batch.started:
+        if not sequence.record.facts.preemptions:
+            facts.prefix_queried += len(sequence.tokens)
+            facts.prompt_cached += sequence.computed
+    facts.predicted_step_s = allocation.predicted_step_s
+    facts.price_tokens_per_s = allocation.price
+    facts.draft_budget_tokens = allocation.budget
+    facts.survival_threshold = allocation.threshold
+    facts.drafting = bool(allocation.draft_next.any()) or (allocation.draft_new and bool(batch.prefills))
+    return facts
+
+
+def describe_result(facts: StepFacts, allocation: Allocation, result: StepResult) -> None:
+    """Add the step's times and sizes."""
+    facts.batch_tokens = result.rows
+    facts.verify_s = result.forward_s + result.sample_s
+    facts.sample_s = result.sample_s
+    facts.draft_s = result.inject_s + result.draft_s
+    facts.draft_limit_tokens = max((round_.verified for round_ in result.rounds), default=0)
+    facts.plain_estimate_s = allocation.plain_estimate_s(facts.accepted)
