@@ -171,7 +171,7 @@ class Engine:
         while True:
             try:
                 worked = await self._loop.step()
-            except Exception as error:  # noqa: BLE001 - whatever a step raises, no stream may be left waiting
+            except Exception as error:  # whatever a step raises, no stream may be left waiting
                 log.exception("an engine step failed")
                 self._fail(error)
                 return

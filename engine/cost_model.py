@@ -40,8 +40,9 @@ RESIDUAL_DECAY = 1e-3
 HOST_RATE = 0.05
 ERROR_RATE = 0.05
 SHORTEST_S = 1e-7
-JUMP_RATIO = 0.03
+JUMP_RATIO = 0.04
 """A midpoint further than this share from the straight line between its neighbours is a jump to be narrowed down."""
+FIRST_TILE = 8
 
 
 class PassTimer(Protocol):
@@ -82,8 +83,8 @@ class SizeCurve:
         self.residual = np.zeros(self.sizes.size) if residual is None else np.asarray(residual, dtype=np.float64)
         if self.residual.shape != self.sizes.shape or not (np.abs(self.residual) <= RESIDUAL_LIMIT).all():
             raise ValueError(f"residual must be {self.sizes.size} numbers within ±{RESIDUAL_LIMIT:.2f}")
+        self._log_seconds = np.log(self.seconds)
         self._every_size = np.arange(self.sizes[-1] + 1)
-        self._base = np.interp(self._every_size, self.sizes, self.seconds)
         self._refresh()
 
     def at(self, size: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -100,19 +101,27 @@ class SizeCurve:
 
     def correct(self, size: int, log_ratio: float) -> None:
         """Take in the log of observed / predicted seconds at one size."""
-        position = float(np.interp(size, self.sizes, np.arange(self.sizes.size)))
-        left = int(position)
+        right = min(int(np.searchsorted(self.sizes, size)), self.sizes.size - 1)
+        left = max(right - 1, 0)
         step = RESIDUAL_RATE * min(max(log_ratio, -RESIDUAL_CLIP), RESIDUAL_CLIP)
-        self.residual *= 1.0 - RESIDUAL_DECAY
-        self.residual[left] += step * (1.0 - (position - left))
-        if position > left:
-            self.residual[left + 1] += step * (position - left)
-        np.clip(self.residual, -RESIDUAL_LIMIT, RESIDUAL_LIMIT, out=self.residual)
+        share = float(size - self.sizes[left]) / float(self.sizes[right] - self.sizes[left]) if right else 1.0
+        share = min(share, 1.0)
+        log_s = self._log_seconds + self.residual * (1.0 - RESIDUAL_DECAY)
+        log_s[right] += step * share
+        log_s[left] += step * (1.0 - share)
+        # what was just seen wins: smaller sizes cannot cost more, nor larger ones less
+        if step < 0.0:
+            np.minimum(log_s[:right], log_s[right], out=log_s[:right])
+            np.minimum(log_s[:left], log_s[left], out=log_s[:left])
+        else:
+            np.maximum(log_s[left + 1 :], log_s[left], out=log_s[left + 1 :])
+            np.maximum(log_s[right + 1 :], log_s[right], out=log_s[right + 1 :])
+        self.residual = np.minimum(np.maximum(log_s - self._log_seconds, -RESIDUAL_LIMIT), RESIDUAL_LIMIT)
         self._refresh()
 
     def _refresh(self) -> None:
-        corrected = self._base * np.exp(np.interp(self._every_size, self.sizes, self.residual))
-        self.dense: NDArray[np.float64] = np.maximum.accumulate(corrected)
+        knots = np.exp(self._log_seconds + self.residual)
+        self.dense: NDArray[np.float64] = np.interp(self._every_size, self.sizes, knots)
         """[largest + 1] float64, seconds by size; entry 0 is that of size 1."""
         if self.sizes.size > 1:
             last, before = int(self.sizes[-1]), int(self.sizes[-2])
@@ -138,13 +147,13 @@ class CostModel:
 
     @classmethod
     def profile(
-        cls, measure: PassTimer, max_rows: int, max_sequences: int, context_tokens: int = 0, budget_s: float = 2.0
+        cls, measure: PassTimer, max_rows: int, max_sequences: int, context_tokens: int = 0, budget_s: float = 3.0
     ) -> Self:
         """Measure the ladders.
 
         max_rows: rows of the largest target pass; max_sequences: of the largest batch. context_tokens: K/V entries of
-        the pass that tells what context costs (0: do not measure it). budget_s: measured seconds after which a ladder
-        is neither climbed nor refined; what was not reached is extrapolated.
+        the pass that tells what context costs (0: do not measure it). budget_s: measured seconds that the target's
+        ladder may take, the drafter's half of it; what was not reached is extrapolated.
         """
         rows, verify_s = _climb(lambda size: measure.verify_s(size, 0), max_rows, budget_s)
         sequences, draft_s = _climb(measure.draft_s, max_sequences, budget_s / 2)
@@ -195,9 +204,10 @@ class CostModel:
         before = math.log(self.drift)
         # each entry is the drift that this step alone would ask for
         self._recent.append(before + log_ratio)
-        after = before + DRIFT_RATE * (statistics.median_low(self._recent) - before)
-        self.drift = min(max(math.exp(after), DRIFT_LIMITS[0]), DRIFT_LIMITS[1])
-        self._verify.correct(rows, log_ratio - (after - before))
+        common = statistics.median_low(self._recent)
+        self.drift = min(max(math.exp(before + DRIFT_RATE * (common - before)), DRIFT_LIMITS[0]), DRIFT_LIMITS[1])
+        # the residual learns only what recent steps of other sizes do not share, or it would take part of the drift
+        self._verify.correct(rows, before + log_ratio - common)
 
     def observe_draft(self, sequences: int, seconds: float) -> None:
         """Drafting for `sequences` sequences took `seconds` beyond what a step without drafting takes."""
@@ -248,38 +258,48 @@ class CostModel:
 
 
 def _climb(measure: Callable[[int], float], largest: int, budget_s: float) -> tuple[list[int], list[float]]:
-    """Sizes and their times: the ladder, then, while the measured time is below `budget_s`, the jumps between its rungs.
+    """Sizes, ascending, and the median of their passes, in three rounds within `budget_s` of measured time.
 
-    A rung is the median of up to three passes. Rungs that were not reached are extrapolated from the last two.
+    Half of it: the rungs of the ladder once each; those not reached are extrapolated from the last two. To three
+    quarters: one row more than each rung (that is where hardware of fixed tile sizes jumps) and, between neighbours
+    that a straight line does not explain, the middle. The rest: passes again, up to three, the smallest sizes first.
     """
+    passes: dict[int, list[float]] = {}
     spent_s = 0.0
-    known: dict[int, float] = {}
 
-    def time(size: int) -> None:
+    def time(size: int) -> float:
         nonlocal spent_s
-        passes: list[float] = []
-        while len(passes) < 3 and (not passes or spent_s < budget_s):
-            passes.append(max(measure(size), SHORTEST_S))
-            spent_s += passes[-1]
-        known[size] = statistics.median_low(passes)
+        passes.setdefault(size, []).append(max(measure(size), SHORTEST_S))
+        spent_s += passes[size][-1]
+        return passes[size][-1]
 
     for size in ladder(largest):
-        if spent_s >= budget_s and len(known) >= 2:
-            before, last = sorted(known)[-2:]
-            known[largest] = known[last] + (known[last] - known[before]) / (last - before) * (largest - last)
-            return sorted(known), [max(known[size], SHORTEST_S) for size in sorted(known)]
+        if spent_s >= budget_s / 2 and len(passes) >= 2:
+            break
         time(size)
-    between = deque(itertools.pairwise(sorted(known)))
-    while between and spent_s < budget_s:
+    reached = max(passes)
+    for size in ladder(reached):
+        if FIRST_TILE <= size < reached and size + 1 not in passes and spent_s < budget_s * 0.75:
+            time(size + 1)
+    between = deque(itertools.pairwise(sorted(passes)))
+    while between and spent_s < budget_s * 0.75:
         left, right = between.popleft()
         middle = (left + right) // 2
-        if middle == left or known[right] < known[left] * (1.0 + JUMP_RATIO):
+        if middle == left or passes[right][0] < passes[left][0] * (1.0 + JUMP_RATIO):
             continue
-        time(middle)
-        straight = known[left] + (known[right] - known[left]) * (middle - left) / (right - left)
-        if abs(known[middle] - straight) > JUMP_RATIO * straight:
+        straight = passes[left][0] + (passes[right][0] - passes[left][0]) * (middle - left) / (right - left)
+        if abs(time(middle) - straight) > JUMP_RATIO * straight:
             between += [(left, middle), (middle, right)]
-    return sorted(known), [known[size] for size in sorted(known)]
+    sizes = sorted(passes)
+    for size in sizes * 2:
+        if spent_s < budget_s:
+            time(size)
+    seconds = [statistics.median_low(passes[size]) for size in sizes]
+    if sizes[-1] < largest:
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        seconds.append(max(seconds[-1] + slope * (largest - sizes[-1]), seconds[-1]))
+        sizes.append(largest)
+    return sizes, seconds
 
 
 def _positive(name: str, value: Any) -> float:

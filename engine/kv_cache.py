@@ -4,8 +4,8 @@ A block holds BLOCK_SIZE positions of one or more sequences. It is in exactly on
     used    referenced by at least one running sequence
     cached  full, referenced by none, kept for a later prompt with the same prefix; evicted oldest first
     free
-A full block of committed tokens is named by the hash chain of its token ids from the tenant's salt on, so equal names mean
-equal K/V, the drafter's context K/V included (they live under the same block ids).
+A full block of committed tokens is named by the hash chain of its token ids from the tenant's salt on, so equal names
+mean equal K/V, the drafter's context K/V included (they live under the same block ids).
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ class KVCache:
             self._references[block] += 1
 
     def publish(self, block: int, name: bytes) -> None:
-        """The used block is full and committed: later prompts may share it. A second block of the same name stays unnamed."""
+        """The used block is full and committed: later prompts may share it. A second block of a name stays unnamed."""
         if name not in self._by_name and block not in self._names:
             self._by_name[name] = block
             self._names[block] = name
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop a reference to each; the last one makes a block cached (named) or free. Later blocks are evicted first."""
+        """Drop a reference to each; the last one makes a block cached (named) or free. The end is evicted first."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:

@@ -1,7 +1,7 @@
-"""The Gumbel noise of a sequence at a position, shared by target and drafter, and kept while it can be asked for again.
+"""The Gumbel noise of a sequence at a position, shared by target and drafter, and kept while it may be asked for again.
 
-A rejected position is sampled again in the next round with the same noise, and the drafter draws with the noise that the
-target will use; so each row is made once and dropped when its position is behind the sequence.
+A rejected position is sampled again in the next round with the same noise, and the drafter draws with the noise that
+the target will use; so each row is made once and dropped when its position is behind the sequence.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class NoiseCache:
                 if i not in fresh:
                     out[i] = self._rows[key][position]
         for i, row in zip(missing, made, strict=True):
-            if self._count < self._max_rows:
-                self._rows.setdefault(wanted[i][0], {})[wanted[i][1]] = row.copy()
+            key, position = wanted[i]
+            if self._count < self._max_rows and position not in self._rows.get(key, {}):  # equal requests share a key
+                self._rows.setdefault(key, {})[position] = row.copy()
                 self._count += 1
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dspark.engine.errors import ContextLengthError, RequestError
 from dspark.engine.facts import EngineInfo
-
 from dspark.engine.request import Request
 
 MOST_LOGPROBS = 20

@@ -39,7 +39,7 @@ class RequestRecord:
 class Sequence:
     """One choice of one request. Only the scheduler writes to it, between steps.
 
-    tokens: prompt and output. computed: positions whose K/V are in `blocks`; while decoding, the one token beyond is the anchor.
+    tokens: prompt and output. computed: positions whose K/V are in `blocks`; while decoding, the token beyond is the anchor.
     names: of the full blocks of `tokens`, as far as known. draft_*: the block drafted for the next round, raw and calibrated.
     """
 

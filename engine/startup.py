@@ -202,7 +202,6 @@ def flat_sequences(sequences: list[tuple[NDArray[np.int64], int, NDArray[np.int3
 class PassTimer:
     """Times real passes for the cost model. It scribbles over the K/V pool, so only before the first request."""
 
-    repeats = 3
     rows_per_sequence = 8
 
     def __init__(self, decoder: Decoder, drafter: Drafter, num_blocks: int) -> None:
@@ -211,7 +210,7 @@ class PassTimer:
         self._num_blocks = num_blocks
 
     def verify_s(self, rows: int, context_tokens: int) -> float:
-        """Seconds of a target pass, head and drafter context included: the best of a few."""
+        """Seconds of a target pass, head and drafter context included."""
         first = min(context_tokens, (self._num_blocks - 1) * BLOCK_SIZE)
         width = blocks_for(first + self.rows_per_sequence)
         sequences = []
@@ -227,7 +226,7 @@ class PassTimer:
             if features is not None:
                 self._drafter.observe(features, flat.positions, flat.slots)
 
-        return self._best(run)
+        return _timed(run)
 
     def draft_s(self, sequences: int) -> float:
         """Seconds of drafting one block for each of `sequences` sequences."""
@@ -235,19 +234,16 @@ class PassTimer:
         table = np.arange(blocks_for(length + 1), dtype=np.int32)
         tokens = np.zeros(length + 1, np.int64)
         rows = [DraftRow(-1 - i, tokens, length, 0.0, 0, table) for i in range(sequences)]
-        seconds = self._best(lambda: self._drafter.propose(rows))
+        seconds = _timed(lambda: self._drafter.propose(rows))
         for row in rows:
             self._drafter.forget(row.sequence_id)
         return seconds
 
-    def _best(self, run: Callable[[], object]) -> float:
-        run()
-        times = []
-        for _ in range(self.repeats):
-            started_s = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started_s)
-        return min(times)
+
+def _timed(run: Callable[[], object]) -> float:
+    started_s = time.perf_counter()
+    run()
+    return time.perf_counter() - started_s
 
 
 def _costs(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dspark.engine.errors import ConfigError
-from dspark.engine.models.spec import ModelSpec, RopeSpec, _parse, _rope
+from dspark.engine.models.spec import ModelSpec, RopeSpec, parse_config, read_rope
+from dspark.engine.models.tensor_folder import TensorFolder
 
 MarkovKind = Literal["vanilla", "gated", "rnn"]
 
@@ -30,10 +30,7 @@ HEAD = "lm_head.weight"
 
 _CONFIG_FILE = "config.json"
 _CALIBRATION_FILE = "dspark.json"
-_WEIGHTS_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 _HEAD_DIM_MULTIPLE = 32  # kernels/rope_kv_write.py
-_FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 _REFUSED_ARCHITECTURES = {
     "Gemma4DSparkModel": "Gemma4 targets are not supported",
@@ -193,26 +190,9 @@ def tensor_shapes(spec: DraftSpec) -> dict[str, tuple[int, ...]]:
 def load_draft_weights(folder: Path, spec: DraftSpec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, converted to `dtype`, by DeepSpec's names.
 
-    Raises ConfigError("drafter") that names every missing, misshapen and unexpected tensor, before any is read.
+    Embedding and head may be absent. Raises ConfigError("drafter"), see `TensorFolder`.
     """
-    names_by_file: dict[Path, list[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    problems: list[str] = []
-    for path in _weight_files(folder):
-        for name, (shape, kind) in _read_header(path).items():
-            names_by_file.setdefault(path, []).append(name)
-            shapes[name] = shape
-            if kind not in _FLOAT_DTYPES:
-                problems.append(f"{name} is stored as {kind}, not as a floating-point type")
-    problems += _mismatches(shapes, tensor_shapes(spec))
-    if problems:
-        raise _error(f"the weights in {folder} do not match their config.json: " + "; ".join(problems))
-    weights = {}
-    for path, names in names_by_file.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                weights[name] = file.get_tensor(name).to(dtype)
-    return weights
+    return TensorFolder(folder, "drafter").load(tensor_shapes(spec), dtype, optional={EMBEDDING, HEAD})
 
 
 def drop_shared_with_target(weights: Mapping[str, Tensor], embedding: Tensor, head: Tensor) -> dict[str, Tensor]:
@@ -226,42 +206,6 @@ def drop_shared_with_target(weights: Mapping[str, Tensor], embedding: Tensor, he
         for name, tensor in weights.items()
         if name not in shared or not torch.equal(tensor, shared[name].to(tensor.dtype))
     }
-
-
-def _mismatches(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    problems = [f"{name} {list(wanted[name])} is missing" for name in wanted.keys() - found.keys() - {EMBEDDING, HEAD}]
-    problems += [f"{name} {list(found[name])} is not expected" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(found[name])}, wanted {list(wanted[name])}"
-        for name in found.keys() & wanted.keys()
-        if found[name] != wanted[name]
-    ]
-    return sorted(problems)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX_FILE
-    if index.exists():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise _error(f"{index} has no weight_map from tensor names to file names")
-        files = [folder / shard for shard in sorted(set(shards.values()))]
-    else:
-        files = [folder / _WEIGHTS_FILE]
-    for path in files:
-        if not path.is_file():
-            raise _error(f"{path} does not exist")
-    return files
-
-
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and stored dtype of every tensor in the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise _error(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:
@@ -319,7 +263,7 @@ def _read_rope(config: Mapping[str, Any], path: Path) -> RopeSpec:
     if isinstance(rope, dict) and "full_attention" in rope:  # per layer type; the draft has full attention only
         config = {**config, "rope_parameters": rope["full_attention"]}
     try:
-        return _rope(_parse("Qwen3ForCausalLM", config, path), path)
+        return read_rope(parse_config("Qwen3ForCausalLM", config, path), path)
     except ConfigError as error:
         raise _error(str(error).removeprefix(f"{error.field}: ")) from error
 

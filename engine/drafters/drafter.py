@@ -21,7 +21,7 @@ class Draft:
 
     tokens: [B, γ] int64; entries at and beyond `lengths` are undefined.
     lengths: [B] int32, tokens proposed per sequence, 0..γ (0: nothing to propose).
-    confidence: [B, γ] float32, raw log-odds that draft j is accepted given that all earlier ones were; calibrated later.
+    confidence: [B, γ] float32, raw log-odds that draft j is accepted if all earlier ones were; calibrated later.
     probs: [B, γ, vocab] float32, the distribution each draft was drawn from; only in rejection mode.
     """
 

@@ -153,7 +153,7 @@ class Decoder:
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages are only backed by memory when first written: numpy asks for them unfilled, torch fills them."""
+    """Zeros whose pages are backed by memory when first written: numpy asks for them unfilled, torch fills them."""
     return torch.from_numpy(np.zeros(shape, np.int16 if dtype.itemsize == 2 else np.int32)).view(dtype)
 
 

@@ -26,7 +26,8 @@ from dspark.engine.errors import ConfigError
 from dspark.engine.models.gguf_tokenizer import write_tokenizer
 from dspark.engine.models.rope import inverse_frequencies
 from dspark.engine.models.spec import RopeSpec, read_spec
-from dspark.engine.models.weights import Progress, weight_shapes
+from dspark.engine.models.tensor_folder import Progress
+from dspark.engine.models.weights import weight_shapes
 
 CONVERTER_VERSION = 1
 """Part of the cache key: raise it whenever the folder written for the same file would differ."""

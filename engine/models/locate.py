@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.gguf_import import gguf_name, import_gguf
-from dspark.engine.models.weights import Progress
+from dspark.engine.models.tensor_folder import Progress
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

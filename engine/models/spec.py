@@ -80,7 +80,7 @@ def read_spec(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     raw = _read_json(path)
     architecture = _supported_architecture(raw, path)
-    config = _parse(architecture, raw, path)
+    config = parse_config(architecture, raw, path)
     _check_sizes(config, path)
     biased = bool(getattr(config, "attention_bias", False))
     return ModelSpec(
@@ -94,7 +94,7 @@ def read_spec(folder: Path) -> ModelSpec:
         head_dim=_head_dim(config, path),
         rms_norm_eps=float(config.rms_norm_eps),
         max_position=config.max_position_embeddings,
-        rope=_rope(config, path),
+        rope=read_rope(config, path),
         tie_word_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=biased or architecture == "Qwen2ForCausalLM",
         o_bias=biased,
@@ -133,7 +133,7 @@ def _supported_architecture(raw: Mapping[str, Any], path: Path) -> str:
     return str(architecture)
 
 
-def _parse(architecture: str, raw: Mapping[str, Any], path: Path) -> PreTrainedConfig:
+def parse_config(architecture: str, raw: Mapping[str, Any], path: Path) -> PreTrainedConfig:
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise ConfigError("model", f"{path} lacks {', '.join(missing)}")
@@ -167,7 +167,7 @@ def _head_dim(config: PreTrainedConfig, path: Path) -> int:
     return head_dim
 
 
-def _rope(config: PreTrainedConfig, path: Path) -> RopeSpec:
+def read_rope(config: PreTrainedConfig, path: Path) -> RopeSpec:
     rope: dict[str, Any] = config.rope_parameters
     kind = rope.get("rope_type")
     if kind not in get_args(RopeKind):

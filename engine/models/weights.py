@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from dspark.engine.errors import ConfigError
 from dspark.engine.models.spec import ModelSpec
-
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total) as a long start-up phase advances."""
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_LISTED_PROBLEMS = 20
-"""An error names this many tensors and counts the rest: a wrong folder can have thousands."""
+from dspark.engine.models.tensor_folder import Progress, TensorFolder
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -58,75 +47,10 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Every tensor of `weight_shapes(spec)` as `dtype`; `lm_head.weight` is absent when the head is tied.
 
-    Files are memory-mapped: a tensor already of `dtype` is a view of the file and is read when first touched.
-    Raises ConfigError("model", ...) that names each missing, unexpected or misshapen tensor, or the file at fault.
+    Raises ConfigError("model", ...), see `TensorFolder`.
     """
-    files = _weight_files(folder)
-    wanted = weight_shapes(spec)
-    found = {name: (path, shape) for path in files for name, shape in _stored_shapes(path).items()}
-    _check(folder, wanted, {name: shape for name, (_, shape) in found.items()})
-    weights: dict[str, torch.Tensor] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as stored:
-            for name in sorted(name for name in wanted if found[name][0] == path):
-                weights[name] = stored.get_tensor(name).to(dtype)
-                if progress is not None:
-                    progress("target_weights", len(weights), len(wanted))
-    return weights
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _SINGLE).exists():
-        return [folder / _SINGLE]
-    index = folder / _INDEX
-    if index.exists():
-        return _shards(index)
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        raise ConfigError(
-            "model",
-            f"{folder} holds its weights as pickle ({', '.join(pickled[:3])}), which can run code when it is loaded; "
-            "only safetensors are read: convert them with transformers' save_pretrained",
-        )
-    raise ConfigError("model", f"{folder} has neither {_SINGLE} nor {_INDEX}")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError("model", f"{index} is not a safetensors index with a weight_map: {error!r}") from error
-    missing = [name for name in names if not (index.parent / name).exists()]
-    if missing:
-        raise ConfigError("model", f"{index} names files that are not there: {', '.join(missing)}")
-    return [index.parent / name for name in names]
-
-
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ConfigError("model", f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing (wanted {list(shape)})" for name, shape in wanted.items() if name not in found]
-    problems += [
-        f"{name} has shape {list(found[name])}, wanted {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    problems += [
-        f"{name} {list(shape)} is unexpected"
-        for name, shape in found.items()
-        if name not in wanted and not _harmless(name)
-    ]
-    if problems:
-        rest = len(problems) - _LISTED_PROBLEMS
-        listed = "; ".join(problems[:_LISTED_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
-        raise ConfigError("model", f"the tensors in {folder} do not fit its config.json: {listed}")
+    report = None if progress is None else lambda done, total: progress("target_weights", done, total)
+    return TensorFolder(folder, "model").load(weight_shapes(spec), dtype, ignored=_harmless, progress=report)
 
 
 def _harmless(name: str) -> bool:

@@ -302,22 +302,22 @@ def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (drop("fc.weight"), "fc.weight [32, 96] is missing"),
-        (drop("layers.1.self_attn.k_norm.weight"), "layers.1.self_attn.k_norm.weight [32] is missing"),
-        (drop("markov_head.joint_proj.bias"), "markov_head.joint_proj.bias [24] is missing"),
-        (drop("confidence_head.proj.weight"), "confidence_head.proj.weight [1, 40] is missing"),
-        (put("fc.weight", torch.zeros(32, 64)), "fc.weight is [32, 64], wanted [32, 96]"),
-        (put(HEAD, torch.zeros(96, 32)), "lm_head.weight is [96, 32], wanted [97, 32]"),
+        (drop("fc.weight"), "fc.weight is missing (wanted [32, 96])"),
+        (drop("layers.1.self_attn.k_norm.weight"), "layers.1.self_attn.k_norm.weight is missing (wanted [32])"),
+        (drop("markov_head.joint_proj.bias"), "markov_head.joint_proj.bias is missing (wanted [24])"),
+        (drop("confidence_head.proj.weight"), "confidence_head.proj.weight is missing (wanted [1, 40])"),
+        (put("fc.weight", torch.zeros(32, 64)), "fc.weight has shape [32, 64], wanted [32, 96]"),
+        (put(HEAD, torch.zeros(96, 32)), "lm_head.weight has shape [96, 32], wanted [97, 32]"),
         (
             put("layers.2.input_layernorm.weight", torch.zeros(32)),
-            "layers.2.input_layernorm.weight [32] is not expected",
+            "layers.2.input_layernorm.weight [32] is unexpected",
         ),
         (
             put("layers.0.self_attn.q_proj.bias", torch.zeros(128)),
-            "layers.0.self_attn.q_proj.bias [128] is not expected",
+            "layers.0.self_attn.q_proj.bias [128] is unexpected",
         ),
-        (put("markov_head.gate_proj.bias", torch.zeros(8)), "markov_head.gate_proj.bias [8] is not expected"),
-        (put("d2t", torch.zeros(4)), "d2t [4] is not expected"),
+        (put("markov_head.gate_proj.bias", torch.zeros(8)), "markov_head.gate_proj.bias [8] is unexpected"),
+        (put("d2t", torch.zeros(4)), "d2t [4] is unexpected"),
         (put("norm.weight", torch.zeros(32, dtype=torch.int8)), "norm.weight is stored as I8"),
     ],
 )
@@ -337,19 +337,19 @@ def test_all_tensors_at_fault_are_named_at_once(tmp_path: Path) -> None:
     write_draft_checkpoint(tmp_path, config, tensors)
     message = weights_refusal(tmp_path)
     assert "fc.weight" in message
-    assert "norm.weight is [31], wanted [32]" in message
+    assert "norm.weight has shape [31], wanted [32]" in message
 
 
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
     write_config(tmp_path, draft_config())
-    assert f"{tmp_path / 'model.safetensors'} does not exist" in weights_refusal(tmp_path)
+    assert "has neither model.safetensors nor model.safetensors.index.json" in weights_refusal(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_config(tmp_path, draft_config())
     index = {"weight_map": {"fc.weight": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00001-of-00002.safetensors does not exist" in weights_refusal(tmp_path)
+    assert "names files that are not there: model-00001-of-00002.safetensors" in weights_refusal(tmp_path)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"fc.weight": 3}}])
@@ -365,7 +365,7 @@ def test_a_torn_weights_file_is_named(tmp_path: Path, size: int) -> None:
     write_draft_checkpoint(tmp_path, config, random_tensors(config))
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    assert f"{path} cannot be read as safetensors" in weights_refusal(tmp_path)
+    assert f"{path} is not a readable safetensors file" in weights_refusal(tmp_path)
 
 
 # the target it was made for
