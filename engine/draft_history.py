@@ -108,6 +108,11 @@ class SequenceRecords:
         self.skip[slot] = self.backoff[slot] = 0
         return slot
 
+    @property
+    def capacity(self) -> int:
+        """Sequences that fit without growing."""
+        return len(self.rounds)
+
     def known(self, sequence_ids: Iterable[int]) -> NDArray[np.bool_]:
         """[B] bool: the sequence has a slot, it was not forgotten."""
         return np.array([i in self._slot for i in sequence_ids], dtype=np.bool_)

@@ -123,6 +123,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
         max_num_seqs=config.max_num_seqs,
         max_draft_tokens=most,
         vocab_size=spec.vocab_size,
+        weight_bytes=decoder.weight_bytes,
         eos_token_ids=spec.eos_token_ids,
         row_invariant=row_invariant,
         load_seconds=clock.phases,

@@ -2,14 +2,15 @@
 
     x: [rows, in] float32 or bfloat16; weight: [out, in]; bias: [out] or None → [rows, out]
 
-On a CPU oneDNN chooses its loop order by the number of rows, and with it the rounding; which numbers round alike depends
-on the processor, the dtype, the shape and how the weight was packed. So the plan is found by trial when a layer is
-made: pack the weight for some number of rows, and look for the longest run of row counts, from 1 or 2 up, whose rows all
-equal those computed alone. Calls are then cut into pieces of at most that many rows (and a single row is padded to two
-where one row is computed differently). Weights are packed once: `F.linear` would reorder them at every call.
+On a CPU oneDNN chooses its loop order by the number of rows, and with it the rounding; which numbers round alike
+depends on the processor, the dtype, the shape and how the weight was packed. So the plan is found by trial when a layer
+is made: pack the weight for some number of rows, and look for the longest run of row counts, from 1 or 2 up, whose
+rows all equal those computed alone. Calls are then cut into pieces of at most that many rows (and a single row is
+padded to two where one row is computed differently). Weights are packed once: `F.linear` would reorder them at every
+call.
 
 Moves out·in weight elements once per piece: memory bound up to about 32 rows (128 with AMX).
-The packing uses two private operators of torch; `packing_works` proves at start that they exist and agree with `F.linear`.
+The packing uses two private operators of torch; `packing_works` proves at start that they exist and are right.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_PIECE = 128
 """Rows of the longest piece tried; beyond it the weights are cheap next to the arithmetic."""
 
 _HEAD_OUT = 16384
-"""Layers with more outputs (vocabulary heads) are tried and cut to fewer rows: each trial is a pass over their weights."""
+"""Layers with more outputs (vocabulary heads) get shorter pieces: each trial is a pass over their weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def _pack(weight: torch.Tensor, plan: RowPlan) -> torch.Tensor:
 
 
 def _invariant_rows(weight: torch.Tensor, plan: RowPlan) -> int:
-    """The largest m ≤ plan.max_rows such that calls of plan.min_rows … m rows all give the rows that calls of min_rows give."""
+    """The largest m ≤ plan.max_rows such that calls of min_rows … m rows give the rows that calls of min_rows give."""
     packed = _pack(weight, plan)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(plan.max_rows, weight.shape[1], generator=generator).to(weight.dtype)
@@ -93,6 +94,7 @@ class PackedLinear:
         self._plan = plan or RowPlan(pack_rows=0, min_rows=1, max_rows=1 << 30)
         self._weight = _pack(weight, self._plan)
         self._bias = bias
+        self.in_features = weight.shape[1]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         plan, rows = self._plan, x.shape[0]
@@ -101,9 +103,7 @@ class PackedLinear:
         if rows < plan.min_rows:
             return _apply(F.pad(x, (0, 0, 0, plan.min_rows - rows)), self._weight, self._bias, plan)[:rows]
         pieces = list(x.split(plan.max_rows))
-        if (
-            pieces[-1].shape[0] < plan.min_rows
-        ):  # a last piece of one row where the plan wants two: even the last two out
+        if pieces[-1].shape[0] < plan.min_rows:  # one row left where the plan wants two: shorten the piece before it
             tail = torch.cat(pieces[-2:])
             pieces[-2:] = [tail[: -plan.min_rows], tail[-plan.min_rows :]]
         return torch.cat([_apply(piece, self._weight, self._bias, plan) for piece in pieces])

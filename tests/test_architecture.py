@@ -44,10 +44,20 @@ FORBIDDEN = {
 
 ENGINE_LAYERS: list[set[str]] = [
     {"config", "errors", "request", "facts"},
-    {"sequence", "cost_model", "calibration", "sampling", "grammar"},
-    {"kv_cache", "verification", "load_controller", "models", "drafters"},
-    {"scheduler", "runner"},
-    {"loop"},
+    {
+        "request_check",
+        "sequence",
+        "kv_cache",
+        "noise",
+        "cost_model",
+        "calibration",
+        "draft_history",
+        "sampling",
+        "verification",
+    },
+    {"accounting", "load_controller", "models", "drafters"},
+    {"scheduler", "runner", "step_facts"},
+    {"loop", "startup"},
     {"async_engine"},
     {"__init__"},
 ]

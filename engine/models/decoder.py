@@ -96,6 +96,9 @@ class Decoder:
         self._norm = weights["model.norm.weight"]
         self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_len)
         self._layers = [_make_layer(spec, weights, i, linear) for i in range(spec.num_layers)]
+        read = [tensor for name, tensor in weights.items() if name != "model.embed_tokens.weight"]
+        self.weight_bytes = sum(tensor.nbytes for tensor in [*read, *([head] if spec.tie_word_embeddings else [])])
+        """What a decode step reads: every weight once, of the embedding table only a tied head."""
         self._k_caches: list[Tensor] = []
         self._v_caches: list[Tensor] = []
 
