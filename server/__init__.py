@@ -1,0 +1,1 @@
+"""HTTP in, HTTP out: an OpenAI-compatible front of `dspark.engine`. No tensor ever."""

@@ -1,0 +1,366 @@
+"""`dspark serve | bench`: flags to config objects, and the order in which a server comes up and goes down.
+
+Nothing heavy is imported at the top: the threading environment has to be set before torch is first imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from dspark.engine import EngineConfig, EngineInfo
+    from dspark.server.service import Service
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+SWITCH_INTERVAL_S = 0.0005
+"""How soon a thread that wants the interpreter gets it. The default of 5 ms is as long as a step: tensor work in the
+worker thread would keep the event loop waiting, and the loop the tensor work."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than clients and load balancers keep theirs (5 to 60 s), so that they
+never send a request into a connection that is just being closed."""
+LINGER_S = 5
+"""After the drain, how long open connections may take to read their last bytes."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def fail(message: str) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    raise SystemExit(EXIT_USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="dspark", description="An LLM inference server built around DSpark speculative decoding.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    serve_help = "Serve a model over an OpenAI-compatible HTTP API."
+    serve_parser = commands.add_parser("serve", help=serve_help, description=serve_help)
+    add_serve_arguments(serve_parser)
+    bench_help = "Put load on an OpenAI-compatible server and measure it."
+    bench_parser = commands.add_parser("bench", help=bench_help, description=bench_help)
+    if arguments[:1] == ["bench"]:
+        from dspark.benchmarks import load
+
+        load.add_arguments(bench_parser)
+        return load.main(parser.parse_args(arguments))
+    return serve(parser.parse_args(arguments))
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="Address to listen on (default: 127.0.0.1).")
+    http.add_argument("--port", type=_port, default=8000, help="Port to listen on; 0 takes a free one (default: 8000).")
+    http.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="Key that /v1 requires as a Bearer token; repeat it or separate several by commas "
+        "(default: $DSPARK_API_KEY, else none, and everybody may use the server).",
+    )
+    http.add_argument(
+        "--served-model-name", metavar="NAME", help="Name that clients call the model (default: the model's own)."
+    )
+    http.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="How long running requests may take to finish after SIGTERM or Ctrl-C (default: 30).",
+    )
+    http.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="What is logged to standard error (default: info).",
+    )
+    _add_model_arguments(parser.add_argument_group("Model"))
+    _add_batching_arguments(parser.add_argument_group("Batching and memory"))
+    _add_speculation_arguments(parser.add_argument_group("Speculation"))
+
+
+def _add_model_arguments(group: Any) -> None:
+    group.add_argument(
+        "--model", help="Folder, GGUF file or hub id of the target model (default: SmolLM2-135M-Instruct)."
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="Arithmetic of both models; auto is bfloat16 where the processor has it (default: auto).",
+    )
+    group.add_argument("--device", default="auto", help="Device that computes (default: auto).")
+    group.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="Threads of tensor work (default: all cores but one, which is left to HTTP).",
+    )
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="Folder for converted weights and measured costs (default: $DSPARK_CACHE_DIR, else ~/.cache/dspark).",
+    )
+
+
+def _add_batching_arguments(group: Any) -> None:
+    group.add_argument(
+        "--max-model-len",
+        type=_positive,
+        metavar="TOKENS",
+        help="Prompt and output tokens of one sequence (default: the model's own limit).",
+    )
+    group.add_argument(
+        "--max-num-seqs", type=_positive, default=64, metavar="N", help="Sequences in one batch (default: 64)."
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=512,
+        metavar="TOKENS",
+        help="Tokens of one target pass: running sequences, then prompts, then drafts (default: 512).",
+    )
+    group.add_argument(
+        "--max-queued-requests",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="Requests that may wait; further ones are refused with 429 (default: 256).",
+    )
+    group.add_argument(
+        "--kv-cache-memory",
+        type=_size,
+        metavar="SIZE",
+        help="Memory for keys and values, e.g. 512M or 2GiB (default: a quarter of the free memory, at most 4G).",
+    )
+
+
+def _add_speculation_arguments(group: Any) -> None:
+    group.add_argument(
+        "--drafter",
+        default="auto",
+        help="auto (the one shipped for the model, else lookup), lookup, or the folder of a draft checkpoint "
+        "(default: auto).",
+    )
+    group.add_argument(
+        "--speculation",
+        choices=("adaptive", "fixed", "off"),
+        default="adaptive",
+        help="adaptive drafts as much as the load makes worth while, fixed always drafts the whole block "
+        "(default: adaptive).",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=_positive,
+        metavar="N",
+        help="Longest draft (default: what the drafter was trained for; 7 for lookup).",
+    )
+    group.add_argument(
+        "--verification",
+        choices=("coupled", "rejection"),
+        default="coupled",
+        help="coupled gives the same text with any drafter and any load, rejection samples as in the DSpark paper "
+        "(default: coupled).",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least 1, but is {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"should be 0..65535, but is {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"should be seconds of at least 0, but is {text!r}")
+    return float(text)
+
+
+def _size(text: str) -> int:
+    """Bytes; K, M, G and T count in 1024s, with or without `B` or `iB`."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _SIZE_UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"should be a size such as 512M or 2GiB, but is {text!r}")
+    return size
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Bind, load, serve, drain. A second server on the port is found out before any weights are read."""
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # httpx, which the hub client uses, logs every request at info
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    keys = api_keys(options.api_key, os.environ.get("DSPARK_API_KEY", ""))
+    with listen(options.host, options.port) as listener:
+        set_threading_environment(options.threads)
+        from dspark.engine import ConfigError
+
+        try:
+            service = load_service(options, keys)
+        except ConfigError as error:
+            flag = "--" + error.field.replace("_", "-")
+            fail(f"dspark serve: {flag}: {str(error).removeprefix(f'{error.field}: ')}")
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        return run(service, listener, options)
+
+
+def api_keys(given: Sequence[str], from_environment: str) -> tuple[str, ...]:
+    keys = [key.strip() for value in (given or [from_environment]) for key in value.split(",")]
+    return tuple(key for key in keys if key)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Clients that come while the weights load wait; a second server is told at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        fail(f"dspark serve: cannot listen on {host} port {port}: {error.strerror or error}; choose another --port")
+    return listener
+
+
+def set_threading_environment(threads: int | None) -> None:
+    """OpenMP reads these once, when torch is imported. Threads that spin while they wait starve the event loop."""
+    count = str(threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["OMP_NUM_THREADS"] = count
+    os.environ["MKL_NUM_THREADS"] = count
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+
+def load_service(options: argparse.Namespace, keys: tuple[str, ...]) -> Service:
+    """Raises ConfigError."""
+    from dspark.engine import Engine, locate_model
+    from dspark.server.service import ServerSettings, Service
+    from dspark.server.text import ModelText
+
+    config = engine_config(options)
+    with ProgressBars() as progress:
+        files = locate_model(config.model, config.cache_dir, progress)
+        text = ModelText.load(files.folder)
+        engine = Engine.load(config, progress)
+    settings = ServerSettings(options.served_model_name or files.name, keys)
+    return Service(engine, text, settings)
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    from dspark.engine import EngineConfig
+
+    return EngineConfig(
+        model=options.model,
+        drafter=options.drafter,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_cache_bytes=options.kv_cache_memory,
+        max_queued_requests=options.max_queued_requests,
+        num_speculative_tokens=options.num_speculative_tokens,
+        speculation=options.speculation,
+        verification=options.verification,
+        cache_dir=options.cache_dir,
+    )
+
+
+class ProgressBars:
+    """One tqdm bar per phase of loading: called with (phase, done, total)."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._phase = ""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def show(self, phase: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if phase != self._phase:
+            self._close()
+            self._phase = phase
+            self._bar = tqdm(total=total, desc=phase, unit="", leave=False, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def run(service: Service, listener: socket.socket, options: argparse.Namespace) -> int:
+    """Serve until a signal has drained the server; 0 when it went down in order."""
+    import uvicorn
+
+    from dspark.server.app import create_app
+    from dspark.server.draining_server import DrainingServer
+
+    config = uvicorn.Config(
+        create_app(service),
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        log_level=max(logging.WARNING, logging.getLevelName(options.log_level.upper())),
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LINGER_S,
+    )
+    host, port = listener.getsockname()[:2]
+
+    def ready() -> None:
+        print(ready_message(service.engine.info, service.settings.served_model_name, host, port), flush=True)
+
+    DrainingServer(config, service, options.drain_timeout, ready).run([listener])
+    return 0
+
+
+def ready_message(info: EngineInfo, model_name: str, host: str, port: int) -> str:
+    """One line of what was started, and a request to try."""
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    tokens = info.num_blocks * info.block_size
+    line = (
+        f"Serving {model_name} at {url}  drafter {info.drafter_name}, {info.dtype} on {info.device}, "
+        f"{info.threads} thread{'s' if info.threads > 1 else ''}, "
+        f"KV {info.kv_cache_bytes / 2**20:.0f} MiB = {tokens} tokens"
+    )
+    body = json.dumps(
+        {"model": model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    )
+    return f"{line}\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
