@@ -6,9 +6,9 @@
     → [rows] int64
 
 token = argmax(z + noise) over {z ≥ threshold}, z = logits / temperature: an exact sample of the truncated softmax(z).
-Ties go to the lowest id. The threshold is a value, everything at or above it stays (ties included): top_k keeps the k-th
-largest z; top_p, over what top_k kept, the smallest z such that the probability strictly above it is below top_p; min_p
-z_max + log(min_p). Reads the logits once or twice and the noise once: 8-12·vocab bytes per row.
+Ties go to the lowest id. The threshold is a value, everything at or above it stays (ties included): top_k keeps the
+k-th largest z; top_p, over what top_k kept, the smallest z such that the probability strictly above it is below top_p;
+min_p z_max + log(min_p). Reads the logits once or twice and the noise once: 8-12·vocab bytes per row.
 Source: Daliri, Musco, Suresh, arXiv 2408.07978.
 """
 
@@ -158,8 +158,9 @@ def _argmax_rows(like, logits_address, hidden_address, weight_address, rows, voc
             best = max(best, to_float(source[i]))
         token = -1
         exact = np.float32(0.0)
+        rounded = source.itemsize < 4
         for i in range(vocab):
-            if to_float(source[i]) == best:
+            if to_float(source[i]) == best and (rounded or token < 0):
                 value = dot(hidden, row * size, weight, i * size, size)
                 if token < 0 or value > exact:
                     token = i
@@ -173,8 +174,9 @@ _argmax_kernel = cpu_kernel(_argmax_rows)
 def argmax_rows(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> NDArray[np.int64]:
     """Greedy tokens straight from the head's output [rows, vocab] → [rows].
 
-    bfloat16 logits are often equal at the top (they are 0.125 apart near 25), so equals are decided by their fp32 logits,
-    from hidden [rows, size] and the head's weight [vocab, size]; what is still equal goes to the lowest id.
+    bfloat16 logits are often equal at the top (they are 0.125 apart near 25), so equals are decided by their fp32
+    logits, from hidden [rows, size] and the head's weight [vocab, size], `size` a multiple of 16. float32 logits, and
+    what is still equal, go to the lowest id.
     """
     rows, vocab = logits.shape
     tokens = np.empty(rows, np.int64)
@@ -185,7 +187,8 @@ def argmax_rows(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
 
 
 REFINE_WITHIN = 6.0
-"""Logits further below the largest keep their rounding: at temperature 1 such a token has a chance below 1 in 400, which rounding moves by 6 %."""
+"""Logits further below the largest keep their rounding: at temperature 1 such a token has a chance below 1 in 400,
+which rounding moves by 6 %."""
 
 
 def _refine_logits(logits, like, hidden_address, weight_address, size, within):

@@ -1,8 +1,8 @@
 """How CPU kernels are compiled and handed tensors.
 
-A kernel is numba over flat arrays. Tensors cross as addresses and are viewed inside (`view`), never copied: making a numpy
-array of a tensor costs 2 µs, which 30 layers pay hundreds of times a step. bfloat16 travels as uint16, since numpy has no such
-type. Compiled code is cached on disk, so only the first start on a machine compiles.
+A kernel is numba over flat arrays. Tensors cross as addresses and are viewed inside (`view`), never copied: making a
+numpy array of a tensor costs 2 µs, which 30 layers pay hundreds of times a step. bfloat16 travels as uint16, since
+numpy has no such type. Compiled code is cached on disk, so only the first start on a machine compiles.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import numba
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
+
+intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.extending.intrinsic
+"""numba's decorator. A kernel calls an intrinsic without its first parameter, which is only there while compiling."""
 
 inner = numba.njit(nogil=True, error_model="numpy")
 """For functions that kernels call. numpy's error model: a check for division by zero would keep loops scalar."""
@@ -27,7 +30,7 @@ _LIKE: dict[torch.dtype, NDArray[Any]] = {
 
 
 def cpu_kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile `function` twice: one thread, and `numba.prange` over all of torch's threads; each call picks by their number.
+    """Compile `function` for one thread, and with `numba.prange` over torch's threads; each call picks by their number.
 
     Every row is computed by the same instructions in both, whatever the other rows are.
     """
@@ -39,7 +42,7 @@ def cpu_kernel(function: Callable[..., None]) -> Callable[..., None]:
         if threads == 1:
             serial(*args)
             return
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         parallel(*args)
 
     return launch
@@ -61,4 +64,4 @@ def _as_pointer(typing_context: Any, address: Any) -> Any:
 @inner
 def view(address, size, like):
     """The `size` elements at `address` as a flat array of the element type of `like`."""
-    return numba.carray(_as_pointer(address), size, like.dtype)
+    return carray(_as_pointer(address), size, like.dtype)

@@ -3,7 +3,7 @@
     q: [sequences·width, heads, dim]        the blocks one after another, rotary embedding applied
     k_cache, v_cache: the drafter's paged context cache, laid out as in paged_attention.py
     block_tables: [sequences, max_blocks] int32;   context_lens: [sequences] int32, context positions 0 … len-1
-    scratch_blocks: [sequences] int32       the cache block that holds the draft block's own K and V, at offsets 0 … width-1
+    scratch_blocks: [sequences] int32       the cache block of the draft block's own K and V, at offsets 0 … width-1
     → [sequences·width, heads, dim]
 
 `width` ≤ 16. Reads each context block once per four query vectors. Source: DSpark, section 3 (no mask at all).

@@ -3,12 +3,12 @@
     keys: [rows] uint64, one per sequence; positions, rounds: [rows] int64; stream: which use of noise
     → [rows, vocab] float32
 
-Integers: Philox4x32-10 with the key's two halves and counter (token // 4, position, stream, round); token % 4 picks the word x.
-Stream 0, round 0 is the coupled noise of target and drafter; rejection verification uses other streams, fresh each round.
-u = (x + ½)·2⁻³²; E = -log(1 - u), exponentially distributed; noise = -log E, in [-3.2, 23]: finite always, since u is never
-rounded to 0 or 1 (for u < ½ from x itself, else from its complement). Moves vocab·4 bytes per row; bound by arithmetic.
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); Gumbel-max: argmax(logits + noise)
-is a sample from softmax(logits).
+Integers: Philox4x32-10 with the key's two halves and counter (token // 4, position, stream, round); token % 4 picks the
+word x. Stream 0, round 0 is the coupled noise of target and drafter; rejection verification uses other streams, fresh
+each round. u = (x + ½)·2⁻³²; E = -log(1 - u), exponentially distributed; noise = -log E, in [-3.2, 23]: finite always,
+since u is never rounded to 0 or 1 (for u < ½ from x itself, else from its complement). Moves vocab·4 bytes per row;
+bound by arithmetic. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox); Gumbel-max:
+argmax(logits + noise) is a sample from softmax(logits).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def gumbel(word):
 
 @inner
 def philox_words(first_group, position, stream, turn, key, words):
-    """Fill `words` [4, 16] with the Philox blocks of 16 consecutive groups: words[j, i] is word j of group first_group + i."""
+    """Fill `words` [4, 16] with the Philox blocks of 16 groups: words[j, i] is word j of group first_group + i."""
     for i in range(16):
         c0, c1, c2, c3 = np.uint32(first_group + i), np.uint32(position), np.uint32(stream), np.uint32(turn)
         k0, k1 = np.uint32(key), np.uint32(key >> np.uint64(32))

@@ -8,8 +8,8 @@
     first_positions: [sequences] int32                absolute position of a sequence's first row
     → [rows, heads, dim]
 
-A row at position p attends to positions max(0, p - window + 1) … p (window 0: from 0). Reads each K/V block of a sequence
-once per four query vectors (row × head of its KV group): 2·positions·dim elements per KV head and tile.
+A row at position p attends to positions max(0, p - window + 1) … p (window 0: from 0). Reads each K/V block of a
+sequence once per four query vectors (row × head of its KV group): 2·positions·dim elements per KV head and tile.
 
 Row invariance (a row's result does not depend on the batch): scores, the sum of weights and the weighted sum of values
 run over blocks of 16 positions from position 0, each in one fixed order; a masked position has weight exactly 0.
@@ -48,7 +48,7 @@ def paged_attention_reference(
     window: int = 0,
 ) -> torch.Tensor:
     """The same in plain PyTorch, fp32 inside, one sequence at a time."""
-    rows, heads, dim = q.shape
+    _, heads, dim = q.shape
     kv_heads = k_cache.shape[1]
     out = torch.empty_like(q)
     for s in range(len(first_positions)):
@@ -86,10 +86,10 @@ def load_queries(q, queries, scale, first_vector, count, group, heads, kv_head, 
 
 @inner
 def softmax_rows(scores, stride, begin, first, last, weights):
-    """Turn scores[m, begin … stride-1] into e^(score - highest), exactly 0 outside first[m] … last[m]; weights[m]: their sum.
+    """Turn scores[m, begin … stride-1] into e^(score - highest), exactly 0 outside first[m] … last[m].
 
-    `begin` and `stride` are multiples of 16. The zeros of masked positions change no sum, so neither does where the tile
-    begins or ends.
+    weights[m] becomes their sum. `begin` and `stride` are multiples of 16. The zeros of masked positions change no sum,
+    so neither does where the tile begins or ends.
     """
     for m in range(TILE):
         base = m * stride

@@ -3,9 +3,9 @@
     x: [rows, hidden] float32 or bfloat16; weight: [hidden] of the same dtype; residual: [rows, hidden] float32
     rms_norm → normed;    add_rms_norm: residual += x in place → normed residual, in x's dtype
 
-Moves 2·rows·hidden elements, with the add also twice the residual: memory bound. The residual stream stays in fp32 also in a
-bf16 model: rounding it in every layer is where most of a bf16 decoder's error comes from, and it is small next to the
-weights. A row never sees another row.
+Moves 2·rows·hidden elements, with the add also twice the residual: memory bound. The residual stream stays in fp32
+also in a bf16 model: rounding it in every layer is where most of a bf16 decoder's error comes from, and it is small
+next to the weights. `hidden` is a multiple of 16. A row never sees another row.
 Source: Zhang & Sennrich 2019, eq. 4.
 """
 

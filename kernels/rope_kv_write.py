@@ -1,6 +1,6 @@
-"""Per-head QK-norm, rotary embedding, and the write of K and V into the paged cache, in one pass over a fused projection.
+"""Per-head QK-norm, rotary embedding, and the write of K and V into the paged cache, in one pass.
 
-    qkv: [rows, (heads + 2·kv_heads)·dim]   q, then k, then v;   heads may be 0: only K and V are there (context injection)
+    qkv: [rows, (heads + 2·kv_heads)·dim]   q, then k, then v; heads may be 0: only K and V (context injection)
     positions: [rows] int32                 absolute positions: rows of the rotary tables
     slots: [rows] int64                     block id · block_size + offset in the block
     cos, sin: [max_len, dim/2] float32      half-split ("neox") pairs (j, j + dim/2)
@@ -143,7 +143,7 @@ def rope_kv_write(
     k_norm: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """Launch on the CPU; dim must be a multiple of 32 with norms and of 2 without, the block size 16."""
+    """Launch on the CPU; dim must be a multiple of 16 with norms and of 2 without, the block size 16."""
     rows = qkv.shape[0]
     kv_heads, dim = k_cache.shape[1:3]
     heads = qkv.shape[1] // dim - 2 * kv_heads

@@ -14,9 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from dspark.kernels.cpu import inner
+from dspark.kernels.cpu import inner, intrinsic
 
 LANES = 16
 TILE = 4
@@ -125,7 +124,7 @@ def _constant(value: int) -> Any:
 
 @intrinsic
 def dot(typing_context: Any, a: Any, a_offset: Any, b: Any, b_offset: Any, size: Any) -> Any:
-    """Σ_i a[a_offset + i] · b[b_offset + i] in float32, `size` (a multiple of 16) terms: lane by lane, then over the lanes."""
+    """Σ_i a[a_offset + i] · b[b_offset + i] in float32, i < size (a multiple of 16): by lane, then over the lanes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a_data = _data(context, builder, signature.args[0], args[0])
@@ -239,7 +238,7 @@ def _make_value_tile(vectors: int) -> Callable[..., None]:
 def _make_reduction(name: str, start: float) -> Callable[..., float]:
     @intrinsic
     def reduction(typing_context: Any, values: Any, begin: Any, end: Any) -> Any:
-        """Reduce float32 values[begin:end] (a multiple of 16 of them): lane by lane in order, then over the lanes in order."""
+        """Reduce float32 values[begin:end], a multiple of 16: each lane in order, then over the lanes in order."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             data = _data(context, builder, signature.args[0], args[0])
@@ -271,7 +270,7 @@ value_tile_16 = _make_value_tile(1)
 
 @inner
 def exp(x):
-    """e^x in float32 for x ≤ 88, exactly 0 below -87; relative error < 2e-7. Plain arithmetic, so loops over it vectorise."""
+    """e^x in float32 for x ≤ 88, exactly 0 below -87; relative error < 2e-7. Loops over it vectorise."""
     tiny = x < np.float32(-87.0)
     x = np.float32(-87.0) if tiny else x
     power = np.int32(x * np.float32(1.4426950408889634) + np.float32(128.5)) - np.int32(128)  # floor(x / ln 2 + ½)
