@@ -229,6 +229,8 @@ class Engine:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new work and finish what is here; after `timeout_s` abort the rest. True: everything finished."""
         self._closing = True
+        if self._idle.is_set():  # with no time at all, wait_for would not even look
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:

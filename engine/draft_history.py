@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 MEMORY_BLOCKS = 128.0
 """Blocks after which an old one counts 1/e in the picture of recent drafts."""
 SURVIVAL_BINS = 64
-SEQUENCE_MEMORY_ROUNDS = 16.0
-SEQUENCE_PRIOR_ROUNDS = 4.0
+SEQUENCE_MEMORY_ROUNDS = 64.0
+SEQUENCE_PRIOR_ROUNDS = 2.0
+MOST_ROUNDS = 200.0
+"""Evidence that counts against the prior, at most; the means themselves forget sooner."""
+TRIAL_RATE = 0.25
+"""Weight of a round that follows a skip: what a trial shows counts more than what was so long ago."""
 LONGEST_SKIP_ROUNDS = 64
 
 
@@ -71,7 +75,7 @@ class SequenceRecords:
     def _grow(self, capacity: int) -> None:
         held = len(self._slot)
         for name, kind in (
-            ("rounds", np.float64),  # weight of the means below
+            ("rounds", np.float64),  # rounds in the means below
             ("expected_block", np.float64),  # mean expected accepted drafts of a whole block
             ("expected", np.float64),  # mean expected accepted drafts among those verified
             ("accepted", np.float64),  # mean accepted drafts
@@ -130,8 +134,9 @@ class SequenceRecords:
         accepted: NDArray[np.float64],
     ) -> None:
         """Take in one drafted round of each of `slots`."""
-        self.rounds[slots] = np.minimum(self.rounds[slots] + 1.0, SEQUENCE_MEMORY_ROUNDS)
-        rate = 1.0 / self.rounds[slots]
+        rounds = np.minimum(self.rounds[slots] + 1.0, MOST_ROUNDS)
+        self.rounds[slots] = rounds
+        rate = np.maximum(1.0 / np.minimum(rounds, SEQUENCE_MEMORY_ROUNDS), TRIAL_RATE * (self.backoff[slots] > 0))
         for mean, value in (
             (self.expected_block, expected_block),
             (self.expected, expected),
@@ -140,14 +145,17 @@ class SequenceRecords:
             mean[slots] += rate * (value - mean[slots])
 
     def quality(self, slots: NDArray[np.intp], mean_accepted: float) -> NDArray[np.float64]:
-        """[B] float64, expected accepted drafts relative to the recent mean block's; 1 for a sequence without a record.
+        """[B] float64, expected accepted drafts relative to the recent mean block's; 1 without a record.
 
-        Corrected by accepted / expected of what was verified: a drafter without a confidence head expects the same of all.
+        Lowered where clearly fewer drafts were accepted than expected (two standard deviations of a Poisson count): a
+        drafter without a confidence head expects the same of every sequence.
         """
-        weight = self.rounds[slots]
-        honest = (self.accepted[slots] * weight + 2.0) / (self.expected[slots] * weight + 2.0)
+        rounds = self.rounds[slots]
+        counted = np.minimum(rounds, SEQUENCE_MEMORY_ROUNDS)
+        accepted = self.accepted[slots] * counted
+        honest = np.minimum((accepted + 2.0 + 2.0 * np.sqrt(accepted + 1.0)) / (self.expected[slots] * counted + 2.0), 1.0)
         own = self.expected_block[slots] * honest / max(mean_accepted, 1e-6)
-        return np.minimum((SEQUENCE_PRIOR_ROUNDS + weight * own) / (SEQUENCE_PRIOR_ROUNDS + weight), 4.0)
+        return np.minimum((SEQUENCE_PRIOR_ROUNDS + rounds * own) / (SEQUENCE_PRIOR_ROUNDS + rounds), 4.0)
 
     def eligible(self, slots: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Count one round: ([B] not being skipped, [B] a skip ran out: one trial round, whatever the record says)."""
@@ -157,10 +165,7 @@ class SequenceRecords:
             return ~skipped, skipped
         skip -= skipped
         self.skip[slots] = skip
-        trial = skipped & (skip == 0)
-        # what the trial shows counts more than what was so long ago
-        self.rounds[slots[trial]] *= 0.5
-        return ~skipped, trial
+        return ~skipped, skipped & (skip == 0)
 
     def judge(self, drafted: NDArray[np.intp], rejected: NDArray[np.intp]) -> None:
         """Drafting paid for the first, whose back-off ends, and not for the others: skip 2, 4, 8, ... rounds each."""

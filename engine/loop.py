@@ -40,6 +40,8 @@ class Loop:
         batch = self.scheduler.schedule()  # who runs; prefill chunks; blocks; token budget
         if batch is None:
             return False
+        for sequence_id in batch.ended:
+            self.controller.forget(sequence_id)
         load = step_load(batch, self.controller.block_size)
         allocation = self.controller.allocate(load)  # how many drafts are verified, and who is drafted for next
         calibration = self.controller.calibration.table()

@@ -73,7 +73,11 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             started.append(sequence)
-            budget -= self._plan_prefill(sequence, budget, prefills)
+            if sequence.decoding:  # preempted at the end of a block, and all its blocks are still cached
+                decodes.append(sequence)
+                budget -= 1
+            else:
+                budget -= self._plan_prefill(sequence, budget, prefills)
         if not decodes and not prefills:
             return None
         planned = [self._plan_drafts(sequence) for sequence in decodes]
@@ -242,7 +246,8 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the blocks that have become full of computed, committed tokens."""
-        full = sequence.computed // BLOCK_SIZE
+        # where a stop cut the round's tokens, more was computed than is committed
+        full = min(sequence.computed, len(sequence.tokens)) // BLOCK_SIZE
         sequence.extend_names(full)
         for index in range(sequence.published, full):
             self.kv_cache.publish(sequence.blocks[index], sequence.names[index])

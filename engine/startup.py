@@ -31,7 +31,9 @@ from dspark.engine.models.locate import cache_folder, locate_model
 from dspark.engine.models.spec import read_spec
 from dspark.engine.models.weights import load_weights
 from dspark.engine.noise import NoiseCache, Stream
+from dspark.engine.request import SamplingParams
 from dspark.engine.runner import Runner
+from dspark.engine.sampling import Sampler, SampleRow, SamplingState
 from dspark.kernels.gumbel_noise import gumbel_noise
 
 log = logging.getLogger(__name__)
@@ -101,9 +103,14 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     decoder.allocate_kv(num_blocks, BLOCK_SIZE)
     drafter.allocate_context(num_blocks, BLOCK_SIZE)
     clock.end("kv_alloc")
+    report = progress or (lambda phase, done, total: None)
+    report("warm-up", 0, 2)  # on a machine's first start this compiles the kernels, which takes a while
     row_invariant = linear.row_invariant and _rows_are_invariant(decoder, num_blocks)
     if not row_invariant:
         log.warning("row-invariance self-test failed: answers may depend on batching on this machine")
+    report("warm-up", 1, 2)
+    _compile_sampling(decoder, noise)
+    report("warm-up", 2, 2)
     clock.end("warmup")
     timer = PassTimer(decoder, drafter, num_blocks)
     cost = _costs(config, cache, files.name, timer, (dtype, threads, drafter.name, spec))
@@ -184,6 +191,17 @@ def _rows_are_invariant(decoder: Decoder, num_blocks: int) -> bool:
         ):
             return False
     return True
+
+
+def _compile_sampling(decoder: Decoder, noise: NoiseCache) -> None:
+    """Sample one greedy and one random token, so that no request waits for these kernels to be compiled."""
+    hidden = torch.zeros((1, decoder.spec.hidden_size), dtype=decoder.dtype)
+    sampler = Sampler(decoder.head_weight, noise)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature)
+        state = SamplingState(params, 0, np.zeros(1, np.int64), frozenset(), decoder.spec.vocab_size)
+        sampler.sample(decoder.logits(hidden), hidden, [SampleRow(state, 1, np.empty(0, np.int64))])
+    noise.forget(0)
 
 
 def flat_sequences(sequences: list[tuple[NDArray[np.int64], int, NDArray[np.int32]]]) -> FlatBatch:
