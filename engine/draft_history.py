@@ -58,10 +58,15 @@ class RecentBlocks:
         """Expected accepted drafts of a whole block."""
         return float(self._sum_above[-1]) / self._blocks
 
-    def expected(self, sequences: int, limit: int) -> NDArray[np.float64]:
-        """[limit + 1] float64, expected accepted drafts when the 0..limit likeliest of `sequences` blocks are verified."""
+    def expected(self, sequences: int, limit: int, quality: float = 1.0) -> NDArray[np.float64]:
+        """[limit + 1] float64, expected accepted drafts when the 0..limit likeliest of `sequences` blocks are verified.
+
+        quality: of those sequences, relative to the recent ones.
+        """
         scale = sequences / self._blocks
-        return np.interp(np.arange(limit + 1), self._count_above * scale, self._sum_above * scale)
+        counts = np.arange(limit + 1)
+        expected = np.interp(counts, self._count_above * scale, self._sum_above * scale)
+        return np.minimum(expected * quality, counts)
 
 
 class SequenceRecords:
@@ -153,7 +158,9 @@ class SequenceRecords:
         rounds = self.rounds[slots]
         counted = np.minimum(rounds, SEQUENCE_MEMORY_ROUNDS)
         accepted = self.accepted[slots] * counted
-        honest = np.minimum((accepted + 2.0 + 2.0 * np.sqrt(accepted + 1.0)) / (self.expected[slots] * counted + 2.0), 1.0)
+        honest = np.minimum(
+            (accepted + 2.0 + 2.0 * np.sqrt(accepted + 1.0)) / (self.expected[slots] * counted + 2.0), 1.0
+        )
         own = self.expected_block[slots] * honest / max(mean_accepted, 1e-6)
         return np.minimum((SEQUENCE_PRIOR_ROUNDS + rounds * own) / (SEQUENCE_PRIOR_ROUNDS + rounds), 4.0)
 

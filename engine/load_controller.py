@@ -5,13 +5,16 @@ like the recent ones,
 
     λ = max( R / (T_verify(R) + T_host),  max over n of (R + S(n)) / (T_verify(R + n) + T_draft + T_host) )
 
-with R anchors and S(n) the expected number of accepted drafts among the n likeliest of R recent blocks. Work in the
-verifier queue that could run now raises it: a second of prefill is worth κλ, κ >= 1 being the gain in plain rate from
-the sequences that the prefill starts, so with S_queue seconds of it  λ' = λ (T + κ S_queue) / (T + S_queue).
+with R anchors and S(n) the expected number of accepted drafts among the n likeliest of R blocks like the recent ones,
+scaled by how these R sequences fare relative to those. (Of a whole, not of this step's blocks: a second saved in a poor
+step is spent in an average one.) Work in the verifier queue that could run now raises it: a second of prefill is worth
+κλ, κ >= 1 being the gain in plain rate from the sequences that the prefill starts, so with S_queue seconds of it
+λ' = λ (T + κ S_queue) / (T + S_queue).
 
 1. Budget: n maximises  A(n) - λ' T_verify(R + P + n),  A(n) the sum of the n largest survivals of *this* step. The whole
    cost curve is searched, over every jump.
-2. Drafting again: for the m sequences that maximise  (value of their drafts) - λ' T_draft(m);  m = 0 is zero-draft mode.
+2. Drafting again: for the m sequences that maximise  (value of their drafts) - λ' T_draft(m);  m = 0 is zero-draft mode,
+   entered when drafting has lost more than chance explains and left when probes say that it would pay.
 
 Both searches look at every draft, which is lossless only under coupled verification: there a draft is accepted exactly
 when it equals the target's own token, whatever was known when its length was chosen. Rejection verification must stop at
@@ -36,8 +39,11 @@ from dspark.engine.facts import PlainReason, Reason
 PROBE_COST_RATIO = 0.003
 """Share of the engine's time that each kind of probe may cost."""
 FULL_BLOCK_PERIOD_STEPS = 64
-"""When idle, at most one step in so many verifies whole blocks, so that calibration sees what truncation hides."""
+"""When idle, one step in so many verifies a block's worth of drafts more than pays (alone: the whole block), so that
+calibration sees what truncation hides."""
 SHORTEST_PROBE_PERIOD_STEPS = 8
+NEW_BATCH_PERIOD_RATIO = 0.25
+"""Share of the time between probes that is waited when at least half of the sequences are new."""
 REGRET_TOKENS = 3.0
 """Tokens, times the root of the batch, that drafting must have lost before it is given up. (Page's CUSUM test: close to
 the break-even point a mean of the last rounds would flip at every streak of bad luck; a real loss adds up quickly.)"""
@@ -45,7 +51,7 @@ FIRST_BLOCKS = 32
 """Blocks drafted whatever they seem worth before anything is given up: until then nothing is known."""
 LARGEST_ENTRY_MARGIN = 1.0
 """Gain beyond the price of drafting, relative to it, that may be asked for before drafting again."""
-ENTRY_MARGIN_DECAY = 0.9995
+ENTRY_MARGIN_DECAY = 0.998
 LOAD_RATE = 0.1
 
 
@@ -263,7 +269,9 @@ class LoadController:
         drafted = max(1, anchors - int(np.count_nonzero(self._sequences.skip[slots])))
         limit = max(0, min(drafted * self.block_size, self.cost.max_rows - anchors))
         step_s = verify_s[anchors : anchors + limit + 1] + (self.cost.draft_s(drafted) + host_s)
-        rates = (anchors + self._recent.expected(drafted, limit)) / step_s
+        quality = self._sequences.quality(slots, self._recent.mean_accepted)
+        mean_quality = float(quality.mean()) if len(slots) else 1.0
+        rates = (anchors + self._recent.expected(drafted, limit, mean_quality)) / step_s
         best = int(rates.argmax())
         plain_s = float(verify_s[anchors]) + host_s
         if rates[best] > anchors / plain_s:
@@ -271,7 +279,7 @@ class LoadController:
         else:
             quiet, best_s = anchors / plain_s, plain_s
         raised = quiet * self._queue_gain(load, verify_s, host_s, anchors, best_s)
-        return _Prices(verify_s, host_s, quiet, raised)
+        return _Prices(verify_s, host_s, quiet, raised, quality, mean_quality)
 
     def _queue_gain(
         self, load: StepLoad, verify_s: NDArray[np.float64], host_s: float, anchors: int, step_s: float
@@ -308,7 +316,15 @@ class LoadController:
         self._recent.add(blocks)
 
     def _gain(
-        self, blocks: RecentBlocks, anchors: int, drafted: int, prefill: int, room: int, price: float, prices: _Prices
+        self,
+        blocks: RecentBlocks,
+        anchors: int,
+        drafted: int,
+        prefill: int,
+        room: int,
+        price: float,
+        prices: _Prices,
+        quality: float = 1.0,
     ) -> float:
         """Tokens that verifying the best drafts of `drafted` such blocks is worth beyond their verification's price."""
         base = anchors + prefill
@@ -316,7 +332,7 @@ class LoadController:
         added_s = prices.verify_s[base : base + limit + 1] - prices.verify_s[min(base, self.cost.max_rows)]
         if added_s.size == 0:
             return 0.0
-        return float((blocks.expected(drafted, added_s.size - 1) - price * added_s).max())
+        return float((blocks.expected(drafted, added_s.size - 1, quality) - price * added_s).max())
 
     def _budget(
         self, load: StepLoad, likeliest: NDArray[np.float32], room: int, prices: _Prices, probe: bool
@@ -339,16 +355,14 @@ class LoadController:
         elif probe:
             # labels, even where no draft is worth its row: without them a wrong calibration could not be corrected
             budget = max(budget, min(room, self.block_size))
-        if (
-            budget < room
-            and not load.queue_tokens
-            and not load.prefill_tokens
-            and self._steps_since_full >= FULL_BLOCK_PERIOD_STEPS
-        ):
-            lost_s = float(net[budget] - net[room]) / prices.quiet
+        probed = min(room, budget + self.block_size)
+        idle = not load.queue_tokens and not load.prefill_tokens
+        if idle and budget < room and self._steps_since_full >= FULL_BLOCK_PERIOD_STEPS:
+            lost_s = float(net[budget] - net[probed]) / prices.quiet
             if lost_s <= self._probe_credit_s:
                 self._probe_credit_s = 0.0
-                budget = room
+                self._steps_since_full = 0
+                budget = probed
         if budget == room:
             self._steps_since_full = 0
         drafted = int(np.count_nonzero(load.proposed))
@@ -369,12 +383,13 @@ class LoadController:
         next_prefill = min(load.queue_tokens, load.prefill_tokens + load.draft_room)
         next_room = load.prefill_tokens + load.draft_room - load.prefill_ending - next_prefill
         price = prices.raised if load.queue_tokens else prices.quiet
-        gain = self._gain(self._recent, anchors, max(drafted, 1), next_prefill, next_room, price, prices)
+        quality = prices.mean_quality
+        gain = self._gain(self._recent, anchors, max(drafted, 1), next_prefill, next_room, price, prices, quality)
         draft_price = price * self.cost.draft_curve(anchors)
         if not self._drafting:
             draft_price *= 1.0 + self._entry_margin
         each = gain / max(drafted, 1)
-        value = np.where(eligible, each * records.quality(slots, self._recent.mean_accepted), -np.inf)
+        value = np.where(eligible, each / quality * prices.quality, -np.inf)
         order = np.argsort(-value, kind="stable")[: drafted - load.prefill_ending]
         net = np.full(len(order) + 1, each * load.prefill_ending)
         net[1:] += value[order].cumsum()
@@ -384,8 +399,9 @@ class LoadController:
         pays = bool(net[chosen] >= 0) and chosen + load.prefill_ending > 0
         self._enter_or_leave(pays or gain >= draft_price[drafted], gain < 0.5 * draft_price[drafted], anchors)
         if not self._drafting:
-            draft_next[:] = self._probe_due(load, prices)
-            return draft_next, False, True
+            probe = self._probe_due(load, prices)
+            draft_next[:] = probe
+            return draft_next, probe, True
         if pays:
             draft_next[order[:chosen]] = True
         elif gain < draft_price[drafted]:
@@ -416,16 +432,20 @@ class LoadController:
     def _probe_due(self, load: StepLoad, prices: _Prices) -> bool:
         """In zero-draft mode: draft once for every sequence, to see? At a bounded share of the time, unless work waits.
 
-        For every sequence, because drafting for one costs nearly as much and one block tells little.
+        For every sequence, because drafting for one costs nearly as much and one block tells little. Sooner when most of
+        the batch is new, for then the picture is of others.
         """
-        anchors = len(load.sequence_ids)
+        anchors = len(load.sequence_ids) + load.prefill_ending
         self._steps_since_probe += 1
         if anchors == 0 or load.queue_tokens:
             return False
         with_block = min(anchors + self.block_size, self.cost.max_rows)
         probe_s = self.cost.draft_s(anchors) + float(prices.verify_s[with_block] - prices.verify_s[anchors])
         plain_s = float(prices.verify_s[anchors]) + prices.host_s
-        due = self._steps_since_probe >= max(SHORTEST_PROBE_PERIOD_STEPS, probe_s / (PROBE_COST_RATIO * plain_s))
+        period_steps = probe_s / (PROBE_COST_RATIO * plain_s)
+        if 2 * load.prefill_ending >= anchors:
+            period_steps *= NEW_BATCH_PERIOD_RATIO
+        due = self._steps_since_probe >= max(SHORTEST_PROBE_PERIOD_STEPS, period_steps)
         if due:
             self._steps_since_probe = 0
             self._probing = True
@@ -506,9 +526,15 @@ class LoadController:
 
 @dataclass(frozen=True, slots=True)
 class _Prices:
-    """verify_s: [max rows + 1], seconds by rows.  quiet, raised: λ without and with the verifier queue, tokens/s."""
+    """What the step's decisions share.
+
+    verify_s: [max rows + 1], seconds by rows.  quiet, raised: λ without and with the verifier queue, tokens/s.
+    quality: [B], expected accepted drafts of each sequence relative to recent blocks; mean_quality: of the batch.
+    """
 
     verify_s: NDArray[np.float64]
     host_s: float
     quiet: float
     raised: float
+    quality: NDArray[np.float64]
+    mean_quality: float

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from dspark.engine.calibration import Calibration
+from dspark.engine.config import SpeculationMode
 from dspark.engine.cost_model import CostModel
-from dspark.engine.load_controller import LoadController, StepLoad, StepOutcome, fill_budget
+from dspark.engine.load_controller import Allocation, LoadController, StepLoad, StepOutcome, fill_budget
 
 BLOCK = 7
 MAX_ROWS = 512
@@ -125,17 +127,24 @@ class Trace:
 
     clock_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     budget: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
     drafting: list[int] = field(default_factory=list)
     arrived: list[int] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
 
-    def rate(self, warm_up: float = 0.25) -> float:
-        """Tokens per second from when `warm_up` of all requests have come to when the last has: the batch is full."""
+    def rate(self, table: CostTable) -> float:
+        """Tokens per second on `table` from when a quarter of all requests have come to when the last has.
+
+        In that window the batch is full. Without arrival times the steps of a fixed policy do not depend on the table,
+        so one run can be priced on all of them.
+        """
         arrived = np.asarray(self.arrived)
-        first, last = np.searchsorted(arrived, [1 + warm_up * arrived[-1], arrived[-1]])
-        return float(np.sum(self.tokens[first + 1 : last + 1])) / (self.clock_s[last] - self.clock_s[first])
+        first, last = np.searchsorted(arrived, [1 + 0.25 * arrived[-1], arrived[-1]])
+        steps = slice(first + 1, last + 1)
+        seconds = table.verify[self.rows[steps]] + table.draft[self.drafting[steps]] + table.host
+        return float(np.sum(self.tokens[steps]) / np.sum(seconds))
 
 
 Policy = LoadController | int
@@ -158,7 +167,6 @@ class VirtualEngine:
         on_step: Callable[[VirtualEngine], None] | None = None,
     ) -> None:
         self.table, self.texts, self.policy, self.concurrency = table, texts, policy, concurrency
-        self.closed_loop = arrivals is None
         self.arrivals = np.zeros(texts.count) if arrivals is None else arrivals
         self.on_step = on_step
         self.clock_s = 0.0
@@ -257,6 +265,7 @@ class VirtualEngine:
         self._finish(running)
         self.trace.clock_s.append(self.clock_s)
         self.trace.tokens.append(int(accepted.sum()) + anchors + len(ending))
+        self.trace.rows.append(rows)
         self.trace.budget.append(int(lengths.sum()))
         self.trace.running.append(anchors)
         self.trace.drafting.append(len(drafted))
@@ -270,7 +279,55 @@ class VirtualEngine:
                 self.policy.forget(request)
 
 
-def controller(table: CostTable, mode: str = "adaptive", itl_target_s: float | None = None) -> LoadController:
-    """A fresh controller whose cost model was profiled on `table`."""
+def controller_profiled_on(table: CostTable, mode: SpeculationMode = "adaptive") -> LoadController:
+    """A fresh controller whose cost model was measured on `table`."""
     cost = CostModel.profile(table, MAX_ROWS, 64, budget_s=1e9)
-    return LoadController(mode, BLOCK, cost, Calibration(BLOCK), itl_target_s)
+    return LoadController(mode, BLOCK, cost, Calibration(BLOCK))
+
+
+class SteadyBatch:
+    """The same number of sequences at every step, without end, their drafts accepted with one probability each.
+
+    Confidence is the true log-odds. For what must be seen step by step: load and acceptance may change between steps.
+    """
+
+    def __init__(self, table: CostTable, controller: LoadController, seed: int = 0) -> None:
+        self.table, self.controller = table, controller
+        self.rng = np.random.default_rng(seed)
+        self.has_block: dict[int, bool] = {}
+
+    def step(
+        self, acceptance: dict[int, float], queue_tokens: int = 0, waiting: int = 0
+    ) -> tuple[Allocation, np.ndarray]:
+        """acceptance: by sequence id. Returns the allocation and the verified lengths [B]."""
+        ids = list(acceptance)
+        p = np.array(list(acceptance.values()))
+        confidence = np.repeat(np.log(p / (1 - p))[:, None], BLOCK, axis=1).astype(np.float32)
+        run = np.cumprod(self.rng.random((len(ids), BLOCK)) < p[:, None], axis=1).sum(axis=1)
+        sampled = np.zeros(len(ids), bool)
+        proposed = np.array([BLOCK if self.has_block.get(i, False) else 0 for i in ids], np.int32)
+        survival = self.controller.calibration.survival(confidence, sampled) * (proposed[:, None] > 0)
+        allocation = self.controller.allocate(
+            StepLoad(ids, survival, proposed, proposed, 0, MAX_ROWS - len(ids), 0, 0, queue_tokens, waiting)
+        )
+        lengths = fill_budget(survival, proposed, allocation.budget)
+        self.has_block = dict(zip(ids, allocation.draft_next.tolist(), strict=True))
+        rows, drafting = len(ids) + int(lengths.sum()), int(allocation.draft_next.sum())
+        self.controller.observe(
+            StepOutcome(
+                rows=rows,
+                context_tokens=0,
+                verify_s=self.table.verify_s(rows),
+                drafting_sequences=drafting,
+                draft_s=self.table.draft_s(drafting),
+                host_s=self.table.host,
+                sequence_ids=ids,
+                survival=survival,
+                confidence=confidence,
+                sampled=sampled,
+                proposed=proposed,
+                verified=lengths,
+                accepted=np.minimum(run, lengths).astype(np.int32),
+            )
+        )
+        return allocation, lengths
