@@ -89,7 +89,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     clock = _PhaseClock()
     files = locate_model(config.model, config.cache_dir, progress)
     spec = read_spec(files.folder)
-    max_model_len = config.max_model_len or spec.max_position
+    max_model_len = spec.max_position if config.max_model_len is None else config.max_model_len
     if not 2 <= max_model_len <= spec.max_position:
         raise ConfigError("max_model_len", f"{max_model_len} is not in 2..{spec.max_position}, the model's positions")
     dtype = choose_dtype(config)

@@ -198,7 +198,9 @@ def test_drafts_drawn_with_the_real_noise_are_distributed_as_the_returned_probab
     bench = open_bench(
         tmp_path,
         verification="rejection",
-        noise=lambda keys, positions, rounds: torch.from_numpy(gumbel_noise(keys, positions, np.zeros_like(positions), 97)),
+        noise=lambda keys, positions, rounds: torch.from_numpy(
+            gumbel_noise(keys, positions, np.zeros_like(positions), 97)
+        ),
     )
     s = bench.sequence(20, temperature=1.5)
     bench.prefill(s)

@@ -1,0 +1,165 @@
+"""The answer is a function of target, prompt, parameters and seed alone: zero tolerance, however the engine worked.
+
+The reference is plain decoding, one request at a time. Every other way to run the same requests must give the same
+tokens, finish reasons and log-probabilities, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Answer, OpenEngine, OracleDrafter, RandomAllocation, RunningEngine, totals
+from random_requests import random_requests
+
+from dspark.engine import Request
+
+GAMMA = 5
+VOCAB_SIZE, EOS_TOKEN_ID = 320, 2
+CRAMPED = {"max_num_seqs": 16, "max_num_batched_tokens": 24}
+"""Prompts are computed in chunks; with a pool of a few sequences' blocks, preemption is frequent."""
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "off": {"speculation": "off"},
+    "fixed": {"speculation": "fixed"},
+    "adaptive": {"speculation": "adaptive"},
+    "any lengths": {"speculation": "adaptive", "controller": RandomAllocation},
+}
+
+
+@dataclass
+class Reference:
+    """Requests and their answers by plain decoding, each alone."""
+
+    dtype: str
+    requests: list[Request]
+    answers: list[Answer]
+
+    def oracle(self) -> OracleDrafter:
+        drafter = OracleDrafter(GAMMA, VOCAB_SIZE)
+        for request, answer in zip(self.requests, self.answers, strict=True):
+            drafter.learn(request, answer.tokens)
+        return drafter
+
+    def assert_equal(self, answers: Sequence[Answer]) -> None:
+        for number, (answer, plain) in enumerate(zip(answers, self.answers[: len(answers)], strict=True)):
+            assert answer.text == plain.text, f"request {number}: {self.requests[number]}"
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def reference(request: pytest.FixtureRequest, open_engine: OpenEngine) -> Reference:
+    requests = random_requests(200, VOCAB_SIZE, EOS_TOKEN_ID)
+    plain = open_engine(dtype=request.param, speculation="off")
+    return Reference(request.param, requests, plain.answer_one_at_a_time(requests))
+
+
+def open_oracle(open_engine: OpenEngine, reference: Reference, **options: Any) -> RunningEngine:
+    return open_engine(
+        use=reference.oracle(),
+        dtype=reference.dtype,
+        drafter="lookup",
+        num_speculative_tokens=GAMMA,
+        **options,
+    )
+
+
+def assert_speculation_was_exercised(engine: RunningEngine, answers: Sequence[Answer], policy: str) -> None:
+    sums = totals(engine.steps)
+    if policy == "off":
+        assert sums["verified"] == 0
+        return
+    seen = {delta.accepted_drafts for answer in answers for delta in answer.deltas}
+    assert seen == set(range(GAMMA + 1))
+    assert sums["truncated"] > 0
+    assert sums["rounds_without_drafts"] > 0
+    assert sums["rejected_mismatch"] > 0
+
+
+def test_the_reference_uses_every_way_to_end_and_every_parameter(reference: Reference) -> None:
+    reasons = {reason for answer in reference.answers for reason in answer.finish_reasons}
+    assert reasons == {"stop", "length"}
+    assert sum(any(t) for answer in reference.answers for t in answer.tokens) > 200
+    assert any(answer.logprobs[0] for answer in reference.answers)
+    ended_by_eos = [t for answer in reference.answers for t in answer.tokens if t and t[-1] == EOS_TOKEN_ID]
+    assert ended_by_eos
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_tokens_in_a_batch_of_32(reference: Reference, open_engine: OpenEngine, policy: str) -> None:
+    engine = open_oracle(open_engine, reference, **POLICIES[policy])
+    answers = engine.answer_together(reference.requests)
+    reference.assert_equal(answers)
+    assert max(step.batch_sequences for step in engine.steps) == 32
+    assert_speculation_was_exercised(engine, answers, policy)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
+def test_same_tokens_alone(reference: Reference, open_engine: OpenEngine, policy: str) -> None:
+    engine = open_oracle(open_engine, reference, **POLICIES[policy])
+    answers = engine.answer_one_at_a_time(reference.requests)
+    reference.assert_equal(answers)
+    assert_speculation_was_exercised(engine, answers, policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_tokens_with_prefix_cache_hits(reference: Reference, open_engine: OpenEngine, policy: str) -> None:
+    engine = open_oracle(open_engine, reference, **POLICIES[policy])
+    engine.answer_together(reference.requests[:60])
+    again = engine.answer_together(reference.requests[:60])
+    reference.assert_equal(again)
+    long = [a for a in again if a.facts.prompt_tokens > 16]
+    assert long
+    assert all(answer.facts.cached_tokens >= 16 for answer in long)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_tokens_with_preemption_and_chunked_prefill(
+    reference: Reference, open_engine: OpenEngine, policy: str
+) -> None:
+    engine = open_oracle(open_engine, reference, num_blocks=16, **CRAMPED, **POLICIES[policy])
+    answers = engine.answer_together(reference.requests)
+    reference.assert_equal(answers)
+    sums = totals(engine.steps)
+    assert sums["preemptions"] > 0
+    assert sums["evicted_blocks"] > 0
+    assert max(answer.facts.prompt_tokens for answer in answers) > 4 * CRAMPED["max_num_batched_tokens"]
+    assert max(step.batch_tokens for step in engine.steps) == CRAMPED["max_num_batched_tokens"]
+    assert_speculation_was_exercised(engine, answers, policy)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "policy", "cramped"),
+    [
+        ("lookup", "fixed", False),
+        ("lookup", "adaptive", True),
+        ("lookup", "any lengths", True),
+        ("dspark", "fixed", True),
+        ("dspark", "adaptive", False),
+        ("dspark", "any lengths", True),
+    ],
+)
+def test_same_tokens_with_real_drafters(
+    reference: Reference,
+    open_engine: OpenEngine,
+    draft_checkpoint: Path,
+    drafter: str,
+    policy: str,
+    cramped: bool,
+) -> None:
+    options: dict[str, Any] = {"drafter": "lookup" if drafter == "lookup" else str(draft_checkpoint)}
+    if cramped:
+        # a block of the dspark drafter's context is as large as the target's
+        options |= {**CRAMPED, "num_blocks": 16 if drafter == "lookup" else 32}
+    engine = open_engine(dtype=reference.dtype, **options, **POLICIES[policy])
+    requests = reference.requests[:30]
+    for _ in range(2):
+        reference.assert_equal(engine.answer_together(requests))
+    sums = totals(engine.steps)
+    assert sums["rejected_mismatch"] > 0
+    assert sums["accepted"] > 0 or (drafter, policy) == ("dspark", "adaptive"), (
+        "a random drafter soon stops being asked"
+    )
+    assert (sums["preemptions"] > 0) == cramped

@@ -1,0 +1,236 @@
+"""Who runs, and that no history of requests, aborts and shortages leaks a block, starves a request or breaks a limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduler_harness import EOS, GAMMA, Harness, Plan
+
+from dspark.engine import FinishReason, Reason, SamplingParams
+from dspark.engine.kv_cache import BLOCK_SIZE
+from dspark.engine.sequence import Batch, NextDraft, Round, Status
+
+
+class RandomHistory(RuleBasedStateMachine):
+    """Prompts repeat, so that the prefix cache matters; a step can be caught between schedule and commit."""
+
+    @initialize(
+        num_blocks=st.integers(3, 16), max_num_seqs=st.integers(1, 5), spare=st.integers(0, 30), seed=st.integers(0, 99)
+    )
+    def start(self, num_blocks: int, max_num_seqs: int, spare: int, seed: int) -> None:
+        self.harness = Harness(num_blocks, max_num_seqs, max_num_seqs + spare, seed)
+        self.in_flight: Plan | None = None
+
+    @rule(length=st.integers(1, 60), max_tokens=st.integers(1, 40), n=st.integers(1, 3), kind=st.integers(1, 2))
+    def add(self, length: int, max_tokens: int, n: int, kind: int) -> None:
+        room = self.harness.num_blocks * BLOCK_SIZE
+        length = min(length, room - 1)
+        self.harness.add([kind] * length, min(max_tokens, room - length), n)
+
+    @rule(count=st.integers(1, 8))
+    @precondition(lambda self: self.in_flight is None)
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.harness.step()
+
+    @rule()
+    @precondition(lambda self: self.in_flight is None)
+    def schedule(self) -> None:
+        self.in_flight = self.harness.plan()
+
+    @rule()
+    @precondition(lambda self: self.in_flight is not None)
+    def commit(self) -> None:
+        assert self.in_flight is not None
+        self.harness.commit(self.in_flight)
+        self.in_flight = None
+
+    @rule(which=st.integers(0, 1000))
+    @precondition(lambda self: self.harness.records)
+    def abort(self, which: int) -> None:
+        record = self.harness.records[which % len(self.harness.records)]
+        self.harness.scheduler.abort(record)
+        if self.in_flight is None:
+            assert record.finished
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        if hasattr(self, "harness"):
+            self.harness.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "harness"):
+            if self.in_flight is not None:
+                self.harness.commit(self.in_flight)
+            self.harness.finish()
+
+
+TestRandomHistory = RandomHistory.TestCase
+TestRandomHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_crowd_in_a_pool_for_two_finishes_with_preemptions(seed: int) -> None:
+    harness = Harness(num_blocks=8, max_num_seqs=6, max_num_batched_tokens=20, seed=seed)
+    for number in range(12):
+        harness.add([1 + number % 3] * (10 + 5 * number), max_tokens=60 - 4 * number, n=1 + number % 3)
+    harness.finish()
+    assert sum(facts.preemptions for facts in harness.steps) > 0
+    assert all(s.generated == s.max_tokens for record in harness.records for s in record.sequences)
+
+
+def run(harness: Harness, tokens: list[int] | None = None, proposed: int = 0) -> Batch:
+    """One step. tokens: what each decode gives, all of its drafts accepted; proposed: drafts for the next step."""
+    plan = harness.plan()
+    assert plan is not None
+    result = plan.result
+    if tokens is not None:
+        verified = len(tokens) - 1
+        result = replace(result, rounds=[Round(tokens, verified, verified, None) for _ in result.rounds])
+    survival = np.where(np.arange(GAMMA) < proposed, np.float32(0.5), np.float32(0.0))
+    draft = NextDraft(proposed, np.zeros(GAMMA, np.float32), survival)
+    drafts = {s.id: draft for s in plan.batch.sequences} if proposed else {}
+    harness.commit(replace(plan, result=replace(result, drafts=drafts)))
+    return plan.batch
+
+
+def test_a_step_serves_anchors_then_prompts_in_order_of_arrival_then_drafts() -> None:
+    harness = Harness(num_blocks=20, max_num_batched_tokens=12)
+    harness.add([1] * 4, max_tokens=20)
+    run(harness, proposed=GAMMA)
+    second, third = harness.add([2] * 9, max_tokens=5), harness.add([3] * 9, max_tokens=5)
+    batch = run(harness)
+    assert [decode.cap for decode in batch.decodes] == [GAMMA]
+    assert [(p.sequence.record, p.count, p.ends) for p in batch.prefills] == [(second, 9, True), (third, 2, False)]
+    assert batch.draft_room == 0
+
+
+def test_drafts_end_one_short_of_the_longest_answer() -> None:
+    harness = Harness()
+    harness.add([1], max_tokens=4)
+    run(harness, proposed=GAMMA)
+    (decode,) = run(harness).decodes
+    assert (decode.cap, decode.cap_reason) == (2, Reason.LENGTH)
+
+
+def test_a_shortage_of_blocks_shortens_drafts_before_anyone_is_preempted() -> None:
+    harness = Harness(num_blocks=3, max_num_batched_tokens=64)
+    records = [harness.add([kind] * 14, max_tokens=18) for kind in (1, 2)]
+    run(harness, proposed=GAMMA)
+    batch = run(harness)
+    assert [(decode.cap, decode.cap_reason) for decode in batch.decodes] == [(GAMMA, None), (1, Reason.KV)]
+    assert [record.facts.preemptions for record in records] == [0, 0]
+
+
+def test_an_admission_leaves_a_block_of_growth_for_each_that_runs() -> None:
+    harness = Harness(num_blocks=5, max_num_batched_tokens=64)
+    for kind in (1, 2, 3):
+        harness.add([kind] * 14, max_tokens=10)
+    run(harness)
+    assert (len(harness.scheduler.running), len(harness.scheduler.waiting)) == (3, 0)
+    harness.finish()
+    # here the third prompt would still fit, but the first two could then not both go on to a second block
+    smaller = Harness(num_blocks=4, max_num_batched_tokens=64)
+    for kind in (1, 2, 3):
+        smaller.add([kind] * 14, max_tokens=10)
+    run(smaller)
+    assert (len(smaller.scheduler.running), len(smaller.scheduler.waiting)) == (2, 1)
+    smaller.finish()
+    assert sum(facts.preemptions for facts in smaller.steps) == 0
+
+
+def test_the_newest_is_preempted_and_resumes_where_its_blocks_are_still_cached() -> None:
+    harness = Harness(num_blocks=3, max_num_batched_tokens=64)
+    old, new = (harness.add([kind] * 14, max_tokens=18) for kind in (1, 2))
+    while not new.facts.preemptions:
+        run(harness)
+    assert (old.facts.preemptions, new.sequences[0].status) == (0, Status.WAITING)
+    assert harness.kv_cache.cached == 1
+    while not old.finished:
+        assert [decode.sequence.record for decode in run(harness).decodes] == [old]
+    # all but its last token are in the cached block: there is nothing to compute before it goes on
+    batch = run(harness)
+    assert [decode.sequence.record for decode in batch.decodes] == [new]
+    assert (batch.prefills, batch.started) == ([], new.sequences)
+    harness.finish()
+
+
+def test_a_preempted_sequence_goes_before_those_that_have_not_run() -> None:
+    harness = Harness(num_blocks=3, max_num_batched_tokens=64)
+    old, new, newer = (harness.add([kind] * 14, max_tokens=18) for kind in (1, 2, 3))
+    while not new.facts.preemptions:
+        run(harness)
+    assert [sequence.record for sequence in harness.scheduler.waiting] == [new, newer]
+    assert not old.finished
+    harness.finish()
+
+
+def test_what_was_computed_behind_a_stop_is_not_offered_to_other_prompts() -> None:
+    harness = Harness(num_blocks=4)
+    record = harness.add([1] * 12, max_tokens=20)
+    run(harness, proposed=GAMMA)
+    run(harness, tokens=[2, EOS, 3, 3, 3])
+    assert (record.sequences[0].tokens[13:], record.finished) == ([2, EOS], True)
+    assert (harness.kv_cache.used, harness.kv_cache.cached) == (0, 0)
+
+
+def test_accepted_tokens_are_offered_to_other_prompts() -> None:
+    harness = Harness(num_blocks=4, max_num_batched_tokens=64)
+    record = harness.add([1] * 28, max_tokens=20)
+    run(harness, proposed=GAMMA)
+    run(harness, tokens=[2, 3, 2, 3, EOS])
+    follow_up = harness.add([*record.sequences[0].tokens, 1, 2], max_tokens=5)
+    assert [p.start for p in run(harness).prefills] == [32]
+    assert follow_up.facts.cached_tokens == 32
+    harness.finish()
+
+
+def test_choices_start_from_the_shared_prompt_ahead_of_the_queue() -> None:
+    harness = Harness(num_blocks=20, max_num_seqs=3, max_num_batched_tokens=100)
+    record = harness.add([1] * 40, max_tokens=8, n=3)
+    run(harness)
+    later = harness.add([2] * 4, max_tokens=2)
+    batch = run(harness)
+    assert [(p.sequence.choice, p.start, p.count) for p in batch.prefills] == [(1, 32, 8), (2, 32, 8)]
+    blocks = [sequence.blocks for sequence in record.sequences]
+    assert blocks[0][:2] == blocks[1][:2] == blocks[2][:2]
+    assert len({table[2] for table in blocks}) == 3
+    assert [sequence.record for sequence in harness.scheduler.waiting] == [later]
+    harness.finish()
+
+
+def test_an_abort_between_steps_frees_at_once_and_one_during_a_step_at_its_commit() -> None:
+    harness = Harness(max_num_batched_tokens=64)
+    idle, flying, waiting = harness.add([1] * 20, 9), harness.add([2] * 20, 9, n=2), harness.add([3] * 20, 9)
+    run(harness)
+    harness.scheduler.abort(idle)
+    assert (idle.finished, idle.sequences[0].blocks) == (True, [])
+    plan = harness.plan()
+    assert plan is not None
+    harness.scheduler.abort(flying)
+    assert (flying.finished, bool(flying.sequences[0].blocks)) == (False, True)
+    harness.commit(plan)
+    assert flying.finished
+    assert len(flying.deltas) == 1, "only what came before the abort"
+    assert not waiting.finished
+    harness.finish()
+    assert sum(facts.freed_after_cancel for facts in harness.steps) == 2
+
+
+def test_finish_reasons_and_the_token_that_stops_are_delivered() -> None:
+    harness = Harness()
+    stopped = harness.add([1], 9)
+    run(harness)
+    run(harness, tokens=[EOS])
+    ignored = harness.add([1], 2, sampling=SamplingParams(ignore_eos=True))
+    run(harness)
+    run(harness, tokens=[EOS])
+    assert [(d.token_ids[-1], d.finish_reason) for d in (stopped.deltas[-1], ignored.deltas[-1])] == [
+        (EOS, FinishReason.STOP),
+        (EOS, FinishReason.LENGTH),
+    ]
