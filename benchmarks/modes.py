@@ -80,7 +80,8 @@ async def run_slice(
 
     async def ask(prompt: tuple[int, ...], arrival_s: float) -> tuple[list[int], float]:
         await asyncio.sleep(max(0.0, arrival_s - (time.perf_counter() - started_s)))
-        asked_s, tokens = time.perf_counter(), []
+        asked_s = time.perf_counter()
+        tokens: list[int] = []
         async with engine.submit(Request(prompt, params, cache_salt=salt)) as stream:
             async for delta in stream:
                 tokens += delta.token_ids
@@ -154,7 +155,7 @@ async def measure(args: argparse.Namespace, engine: Engine, prompts: Sequence[tu
     loads = [Load(clients=n) for n in args.concurrency] + [Load(rate_per_s=r) for r in args.rates]
     slices: list[Slice] = []
     for load in loads:
-        count = load.clients or max(4, round(load.rate_per_s * OPEN_LOOP_S))
+        count = load.clients or max(4, round((load.rate_per_s or 0.0) * OPEN_LOOP_S))
         for repeat in range(-1, args.repeats):  # the first is warm-up
             chosen = [prompts[((repeat + 1) * count + i) % len(prompts)] for i in range(count)]
             done = [

@@ -63,11 +63,10 @@ def _add_at(counts: list[int], length: int) -> None:
 
 def _count_confidence(facts: StepFacts, decode: Decode, round_: Round) -> None:
     """Expected against observed acceptance of the verified drafts, whatever a stop kept of them."""
-    survival = decode.sequence.draft_survival
-    if survival is None or not round_.verified:
+    if decode.draft is None:
         return
     before = 1.0
-    for position, after in enumerate(survival[: round_.verified].tolist()):
+    for position, after in enumerate(decode.draft.survival[: round_.verified].tolist()):
         facts.expected_accepted += after
         if position <= round_.accepted:  # the prefix was accepted, so acceptance of this one was seen
             confidence = after / before

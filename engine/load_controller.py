@@ -198,6 +198,8 @@ class LoadController:
 
     def allocate(self, load: StepLoad) -> Allocation:
         """Decide the step's draft budget and which sequences are drafted for after it."""
+        if self.mode == "off":
+            return self._off(load)
         anchors = len(load.sequence_ids)
         lengths = np.minimum(load.proposed, load.caps)
         available = int(lengths.sum())
@@ -215,8 +217,8 @@ class LoadController:
             quiet_budget, budget = self._budget(load, likeliest, room, prices, probe)
             draft_next, draft_new, zero_draft = self._choose_drafted(load, slots, prices)
         else:
-            budget = quiet_budget = room if self.mode == "fixed" else 0
-            draft_next, draft_new, zero_draft = np.full(anchors, self.mode == "fixed"), self.mode == "fixed", False
+            budget = quiet_budget = room
+            draft_next, draft_new, zero_draft = np.ones(anchors, np.bool_), True, False
         self._sequences.attempted[slots] = draft_next
         drafting = int(draft_next.sum()) + (load.prefill_ending if draft_new else 0)
         rows = anchors + load.prefill_tokens
@@ -224,8 +226,6 @@ class LoadController:
         self._probe_credit_s += PROBE_COST_RATIO * predicted_s
         self._note_state(anchors, available, budget, int((lengths > 0).sum()), drafting, zero_draft, prices, rows)
         plain = self._plain_reason(load, prices) if zero_draft else PlainReason.LOW_ACCEPTANCE
-        if self.mode == "off":
-            plain = PlainReason.OFF
         if budget >= available:
             threshold = 0.0
         else:
@@ -242,6 +242,27 @@ class LoadController:
             reason=self._reasons(load, admissible, likeliest, budget, quiet_budget, probe and zero_draft, prices),
             plain_reason=[None if drafted else plain for drafted in draft_next.tolist()],
             plain_reason_new=None if draft_new else plain,
+        )
+
+    def _off(self, load: StepLoad) -> Allocation:
+        """Plain decoding, with a prediction of its time; blocks that are still there are not verified."""
+        anchors = len(load.sequence_ids)
+        rows = anchors + load.prefill_tokens
+        host_s = self.cost.host_s(anchors)
+        step_s = float(self.cost.verify_s(rows, load.context_tokens)) + host_s
+        decode_s = float(self.cost.verify_s(max(anchors, 1), load.context_tokens)) + host_s
+        return Allocation(
+            budget=0,
+            threshold=1.0,
+            price=anchors / decode_s,
+            draft_next=np.zeros(anchors, np.bool_),
+            draft_new=False,
+            predicted_step_s=step_s,
+            plain_step_s=step_s,
+            plain_decode_s=decode_s,
+            reason=[Reason.OFF] * anchors,
+            plain_reason=[PlainReason.OFF] * anchors,
+            plain_reason_new=PlainReason.OFF,
         )
 
     def observe(self, outcome: StepOutcome) -> None:
@@ -476,8 +497,6 @@ class LoadController:
     ) -> list[Reason]:
         """[B] why the first draft of each block that the budget cuts is cut, if any is."""
         sequences = len(admissible)
-        if self.mode == "off":
-            return [Reason.OFF] * sequences
         if only_probe:
             return [Reason.PROBE_OFF] * sequences
         if budget == load.draft_room and load.prefill_tokens:

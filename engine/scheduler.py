@@ -36,6 +36,8 @@ class Scheduler:
         self._ended: list[int] = []
         self._preemptions = 0
         self._cancelled = 0
+        self._prefix_queried = 0
+        self._prefix_cached = 0
         self._evicted_before = 0
         self.queue_tokens = 0
         """Verifier-queue tokens of the last plan that could start now or next step."""
@@ -109,11 +111,11 @@ class Scheduler:
 
     def _plan_drafts(self, sequence: Sequence) -> Decode:
         """Cap the sequence's drafts by what it may still generate and by the blocks that can be had."""
-        proposed = sequence.draft_proposed
+        proposed = 0 if sequence.draft is None else sequence.draft.proposed
         cap, reason = min(proposed, sequence.remaining - 1), Reason.LENGTH
         if cap and not self._grow(sequence, sequence.computed + 1 + cap):
             cap, reason = len(sequence.blocks) * BLOCK_SIZE - sequence.computed - 1, Reason.KV
-        return Decode(sequence, proposed, cap, reason if cap < proposed else None)
+        return Decode(sequence, sequence.draft, cap, reason if cap < proposed else None)
 
     def _grow(self, sequence: Sequence, positions: int) -> bool:
         """Make the sequence's blocks cover `positions`; False, and nothing taken, when there are too few."""
@@ -147,6 +149,9 @@ class Scheduler:
         if facts.scheduled_s is None:
             facts.scheduled_s = time.monotonic()
             facts.cached_tokens = sequence.computed
+        if not facts.preemptions:
+            self._prefix_queried += len(sequence.tokens)
+            self._prefix_cached += sequence.computed
         return True
 
     def _queue_tokens(self, prefills: list[Prefill]) -> int:
@@ -168,7 +173,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.kv_cache.release(sequence.blocks)
         sequence.blocks, sequence.computed, sequence.published = [], 0, 0
-        sequence.drop_draft()
+        sequence.draft = None
         sequence.status = Status.WAITING
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
@@ -200,7 +205,7 @@ class Scheduler:
                 touched[id(sequence.record)] = sequence.record
         for sequence in batch.sequences:
             sequence.in_flight = False
-            sequence.drop_draft()
+            sequence.draft = None
             if sequence.status is Status.RUNNING:
                 self._publish(sequence)
                 self._settle(sequence, result)
@@ -261,9 +266,8 @@ class Scheduler:
                 self._cancelled += 1
         elif sequence.finish_reason is not None:
             self._finish(sequence, sequence.finish_reason)
-        elif (draft := result.drafts.get(sequence.id)) is not None:
-            sequence.draft_proposed = draft.proposed
-            sequence.draft_confidence, sequence.draft_survival = draft.confidence, draft.survival
+        else:
+            sequence.draft = result.drafts.get(sequence.id)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.status is Status.RUNNING:
@@ -272,7 +276,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._ended.append(sequence.id)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
-        sequence.drop_draft()
+        sequence.draft = None
         if sequence.record.finished:
             sequence.record.facts.finished_s = time.monotonic()
 
@@ -283,6 +287,8 @@ class Scheduler:
             self.waiting.extendleft(reversed(sequence.record.sequences[1:]))
 
     def _count_memory(self, facts: StepFacts) -> None:
+        facts.prefix_queried, self._prefix_queried = self._prefix_queried, 0
+        facts.prompt_cached, self._prefix_cached = self._prefix_cached, 0
         facts.preemptions, self._preemptions = self._preemptions, 0
         facts.freed_after_cancel, self._cancelled = self._cancelled, 0
         facts.evicted_blocks = self.kv_cache.evicted_total - self._evicted_before

@@ -19,6 +19,15 @@ class Status(Enum):
     FINISHED = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class NextDraft:
+    """The block drafted for a sequence's next round. confidence, survival: [γ] float32."""
+
+    proposed: int
+    confidence: NDArray[np.float32]
+    survival: NDArray[np.float32]
+
+
 @dataclass(slots=True, eq=False)
 class RequestRecord:
     """One request: its n sequences, its facts, and the deltas not yet delivered."""
@@ -40,7 +49,7 @@ class Sequence:
     """One choice of one request. Only the scheduler writes to it, between steps.
 
     tokens: prompt and output. computed: positions whose K/V are in `blocks`; while decoding, the token beyond is the anchor.
-    names: of the full blocks of `tokens`, as far as known. draft_*: the block drafted for the next round, raw and calibrated.
+    names: of the full blocks of `tokens`, as far as known. draft: for the next round.
     """
 
     id: int  # ascending in order of arrival
@@ -59,9 +68,7 @@ class Sequence:
     published: int = 0
     finish_reason: FinishReason | None = None
     in_flight: bool = False
-    draft_proposed: int = 0
-    draft_confidence: NDArray[np.float32] | None = None
-    draft_survival: NDArray[np.float32] | None = None
+    draft: NextDraft | None = None
     plain_reason: PlainReason | None = None  # why nothing is drafted for the next round
 
     @property
@@ -89,18 +96,19 @@ class Sequence:
             ids = np.array(self.tokens[start : start + BLOCK_SIZE], np.int64)
             self.names.append(block_name(self.names[-1] if self.names else self.salt, ids))
 
-    def drop_draft(self) -> None:
-        self.draft_proposed, self.draft_confidence, self.draft_survival = 0, None, None
-
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One round: the anchor and at most `cap` of the `proposed` drafts. `cap_reason`: what bounds cap below proposed."""
+    """One round: the anchor and at most `cap` of the block's drafts. `cap_reason`: what bounds cap below proposed."""
 
     sequence: Sequence
-    proposed: int
+    draft: NextDraft | None
     cap: int
     cap_reason: Reason | None
+
+    @property
+    def proposed(self) -> int:
+        return 0 if self.draft is None else self.draft.proposed
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +165,6 @@ class Round:
     logprobs: list[TokenLogprob] | None
 
 
-@dataclass(frozen=True, slots=True)
-class NextDraft:
-    """The block drafted for a sequence's next round. confidence, survival: [γ] float32."""
-
-    proposed: int
-    confidence: NDArray[np.float32]
-    survival: NDArray[np.float32]
-
-
 @dataclass(slots=True)
 class StepResult:
     """What the runner brings back. rounds: as Batch.decodes; first_rounds: as the prefills that end.
@@ -184,3 +183,7 @@ class StepResult:
     sample_s: float
     inject_s: float
     draft_s: float
+
+    @property
+    def worker_s(self) -> float:
+        return self.forward_s + self.sample_s + self.inject_s + self.draft_s

@@ -13,8 +13,8 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
     """What the step could do, with `block_size` γ."""
     survival = np.zeros((len(batch.decodes), block_size), np.float32)
     for row, decode in zip(survival, batch.decodes, strict=True):
-        if decode.sequence.draft_survival is not None:
-            row[:] = decode.sequence.draft_survival
+        if decode.draft is not None:
+            row[:] = decode.draft.survival
     computing = len(batch.prefills)
     return StepLoad(
         sequence_ids=[decode.sequence.id for decode in batch.decodes],
@@ -30,12 +30,12 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
     )
 
 
-def step_outcome(batch: Batch, load: StepLoad, result: StepResult) -> StepOutcome:
-    """What the step did, without its host time; to be called before the drafts are dropped by commit."""
+def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float) -> StepOutcome:
+    """What the step did, as the controller learns from it. step_s: from planning to commit."""
     confidence = np.zeros_like(load.survival)
     for row, decode in zip(confidence, batch.decodes, strict=True):
-        if decode.sequence.draft_confidence is not None:
-            row[:] = decode.sequence.draft_confidence
+        if decode.draft is not None:
+            row[:] = decode.draft.confidence
     sampled = [not decode.sequence.record.request.sampling.greedy for decode in batch.decodes]
     return StepOutcome(
         rows=result.rows,
@@ -43,7 +43,7 @@ def step_outcome(batch: Batch, load: StepLoad, result: StepResult) -> StepOutcom
         verify_s=result.forward_s + result.sample_s + result.inject_s,
         drafting_sequences=len(result.drafted),
         draft_s=result.draft_s,
-        host_s=0.0,
+        host_s=step_s - result.worker_s,
         sequence_ids=load.sequence_ids,
         survival=load.survival,
         confidence=confidence,
@@ -54,29 +54,19 @@ def step_outcome(batch: Batch, load: StepLoad, result: StepResult) -> StepOutcom
     )
 
 
-def describe_plan(batch: Batch, allocation: Allocation) -> StepFacts:
-    """The facts that are known before the step has run."""
-    facts = StepFacts()
+def describe_step(facts: StepFacts, batch: Batch, allocation: Allocation, result: StepResult) -> None:
+    """Add the step's plan, sizes and times to what commit has counted."""
     if batch.prefills:
         facts.phase = Phase.MIXED if batch.decodes else Phase.PREFILL
-    facts.batch_sequences = len(batch.decodes) + len(batch.prefills)
-    for sequence in batch.started:
-        if not sequence.record.facts.preemptions:
-            facts.prefix_queried += len(sequence.tokens)
-            facts.prompt_cached += sequence.computed
-    facts.predicted_step_s = allocation.predicted_step_s
-    facts.price_tokens_per_s = allocation.price
-    facts.draft_budget_tokens = allocation.budget
-    facts.survival_threshold = allocation.threshold
-    facts.drafting = bool(allocation.draft_next.any()) or (allocation.draft_new and bool(batch.prefills))
-    return facts
-
-
-def describe_result(facts: StepFacts, allocation: Allocation, result: StepResult) -> None:
-    """Add the step's times and sizes."""
     facts.batch_tokens = result.rows
+    facts.batch_sequences = len(batch.decodes) + len(batch.prefills)
     facts.verify_s = result.forward_s + result.sample_s
     facts.sample_s = result.sample_s
     facts.draft_s = result.inject_s + result.draft_s
-    facts.draft_limit_tokens = max((round_.verified for round_ in result.rounds), default=0)
+    facts.predicted_step_s = allocation.predicted_step_s
     facts.plain_estimate_s = allocation.plain_estimate_s(facts.accepted)
+    facts.price_tokens_per_s = allocation.price
+    facts.draft_budget_tokens = allocation.budget
+    facts.draft_limit_tokens = max((round_.verified for round_ in result.rounds), default=0)
+    facts.survival_threshold = allocation.threshold
+    facts.drafting = bool(allocation.draft_next.any()) or (allocation.draft_new and bool(batch.prefills))

@@ -14,7 +14,7 @@ from scheduler_harness import Harness
 
 from dspark.engine import Reason, Request, RequestFacts, SamplingParams, StepFacts
 from dspark.engine.accounting import count_round
-from dspark.engine.sequence import Decode, Round
+from dspark.engine.sequence import Decode, NextDraft, Round
 
 GAMMA = 5
 VOCAB_SIZE, EOS_TOKEN_ID = 320, 2
@@ -138,7 +138,8 @@ def test_drafts_behind_a_stop_were_not_accepted(
     verified: int, accepted: int, kept: int, counted: tuple[int, ...]
 ) -> None:
     facts = StepFacts()
-    decode = Decode(Harness().add([1], max_tokens=50).sequences[0], proposed=5, cap=4, cap_reason=Reason.KV)
+    draft = NextDraft(5, np.zeros(5, np.float32), np.full(5, 0.5, np.float32))
+    decode = Decode(Harness().add([1], max_tokens=50).sequences[0], draft, cap=4, cap_reason=Reason.KV)
     count_round(facts, decode, Reason.LOAD, Round([1] * (accepted + 1), verified, accepted, None), kept)
     rejected = (facts.rejected_mismatch, facts.rejected_after_mismatch, facts.rejected_after_stop)
     assert (facts.accepted, facts.bonus, *rejected) == counted

@@ -14,7 +14,7 @@ from dspark.engine.kv_cache import BLOCK_SIZE, KVCache
 from dspark.engine.load_controller import Allocation, fill_budget
 from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import Batch, NextDraft, RequestRecord, Round, Sequence, Status, StepResult
-from dspark.engine.step_facts import describe_plan, step_load
+from dspark.engine.step_facts import step_load
 
 GAMMA = 4
 EOS = 0
@@ -88,7 +88,7 @@ class Harness:
         return Plan(batch, allocation, StepResult(rounds, firsts, [*drafts], drafts, rows, 0.0, 0.0, 0.0, 0.0))
 
     def commit(self, plan: Plan) -> None:
-        facts = describe_plan(plan.batch, plan.allocation)
+        facts = StepFacts()
         self.scheduler.commit(plan.batch, plan.allocation, plan.result, facts)
         self.steps.append(facts)
         self.check()
