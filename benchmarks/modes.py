@@ -3,20 +3,23 @@
     python -m dspark.benchmarks.modes [--concurrency 1,2,4 ...] [--rates 0.5,2] [--repeats 5] [--temperature 0] [--json OUT]
 
 A slice is one mode under one load; the slices of a repeat run in the order A B C, of the next in C B A, so that drift of the
-machine falls on all alike. All slices of a repeat ask the same prompts; none can hit another's prefix cache. A ratio is taken
-within a repeat; the table gives its median and a bootstrap interval. The byte floor of a decode step is the bytes of the
-weights over the read bandwidth that one thread measured just before.
+machine falls on all alike. All slices of a repeat ask the same prompts; none can hit another's prefix cache. Closed loop: every
+client sends its next request when the last one is answered, and tokens are counted for SLICE_S seconds from the moment
+when all clients have their first token (a batch that is merely run to its end would measure its slowest request). Open loop:
+Poisson arrivals. A ratio is taken within a repeat; the table gives its median and a bootstrap interval. The byte floor of a
+decode step is the bytes of the weights over the read bandwidth that one thread measured just before.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,13 +34,16 @@ from dspark.engine import Engine, EngineConfig, Phase, Request, SamplingParams, 
 
 Mode = Literal["off", "fixed", "adaptive"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-OPEN_LOOP_S = 12.0
-"""Seconds of arrivals in an open-loop slice."""
+SLICE_S = 6.0
+"""Seconds that a slice counts tokens (closed loop), or in which requests arrive (open loop)."""
+
+Answers = dict[tuple[int, ...], tuple[int, ...]]
+"""Prompt → all tokens of its answer, or as many as a client had read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Exactly one of `clients` (closed loop, all start together, one request each) and `rate_per_s` (open loop) is set."""
+    """Exactly one of `clients` (closed loop) and `rate_per_s` (open loop) is set."""
 
     clients: int | None = None
     rate_per_s: float | None = None
@@ -61,54 +67,108 @@ class Slice:
     verified: int
     accepted: int
     rounds: int
-    digest: int = field(repr=False)
-    """Of all output tokens: equal for the modes of a repeat, since speculation never changes the answer."""
+    answers: Answers = field(repr=False)
 
 
-async def run_slice(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], load: Load, mode: Mode, repeat: int, params: SamplingParams
-) -> Slice:
-    engine.controller.mode = mode
-    steps: list[StepFacts] = []
-    engine.on_step[:] = [steps.append]
-    salt = f"{load} {mode} {repeat}".encode()
-    arrivals = [0.0] * len(prompts)
-    if load.rate_per_s is not None:
-        times = poisson_arrivals_s(load.rate_per_s, seed=repeat)
-        arrivals = [next(times) for _ in prompts]
-    started_s = time.perf_counter()
+class Slices:
+    """Runs slices on one engine."""
 
-    async def ask(prompt: tuple[int, ...], arrival_s: float) -> tuple[list[int], float]:
-        await asyncio.sleep(max(0.0, arrival_s - (time.perf_counter() - started_s)))
-        asked_s = time.perf_counter()
-        tokens: list[int] = []
-        async with engine.submit(Request(prompt, params, cache_salt=salt)) as stream:
+    def __init__(self, engine: Engine, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._params = params
+        self._steps: list[StepFacts] = []
+
+    async def run(self, load: Load, mode: Mode, repeat: int) -> Slice:
+        self._engine.controller.mode = mode
+        self._steps = []
+        self._engine.on_step[:] = [self._steps.append]
+        salt = f"{load} {mode} {repeat}".encode()
+        answers: Answers = {}
+        if load.clients:
+            speed = await self._closed(load.clients, repeat, salt, answers)
+        else:
+            speed = await self._open(load.rate_per_s or 0.0, repeat, salt, answers)
+        steps = self._steps
+        decodes = [s for s in steps if s.phase is Phase.VERIFY] or steps
+        return Slice(
+            load=load,
+            mode=mode,
+            repeat=repeat,
+            speed=speed,
+            verify_step_ms=1e3 * statistics.median(s.verify_s for s in decodes),
+            decode_step_ms=1e3 * statistics.median(s.step_s for s in decodes),
+            draft_share=sum(s.draft_s for s in decodes) / sum(s.step_s for s in decodes),
+            drafted=sum(s.drafted for s in steps),
+            verified=sum(s.verified for s in steps),
+            accepted=sum(s.accepted for s in steps),
+            rounds=sum(s.rounds_with_drafts + s.rounds_without_drafts for s in steps),
+            answers=answers,
+        )
+
+    async def _ask(
+        self, prompt: tuple[int, ...], max_tokens: int, salt: bytes, answers: Answers, started: asyncio.Event | None
+    ) -> int:
+        params = replace(self._params, max_tokens=max_tokens)
+        tokens: tuple[int, ...] = ()
+        async with self._engine.submit(Request(prompt, params, cache_salt=salt)) as stream:
             async for delta in stream:
                 tokens += delta.token_ids
-        return tokens, time.perf_counter() - asked_s
+                answers[prompt] = tokens
+                if started is not None:
+                    started.set()
+        return len(tokens)
 
-    answers = await asyncio.gather(*map(ask, prompts, arrivals))
-    wall_s = time.perf_counter() - started_s
-    if load.clients:
-        speed = sum(len(tokens) for tokens, _ in answers) / wall_s
-    else:
-        speed = sum(len(tokens) for tokens, _ in answers) / sum(seconds for _, seconds in answers)
-    decodes = [s for s in steps if s.phase is Phase.VERIFY] or steps
-    total_s = sum(s.step_s for s in decodes)
-    return Slice(
-        load=load,
-        mode=mode,
-        repeat=repeat,
-        speed=speed,
-        verify_step_ms=1e3 * statistics.median(s.verify_s for s in decodes),
-        decode_step_ms=1e3 * statistics.median(s.step_s for s in decodes),
-        draft_share=sum(s.draft_s for s in decodes) / total_s,
-        drafted=sum(s.drafted for s in steps),
-        verified=sum(s.verified for s in steps),
-        accepted=sum(s.accepted for s in steps),
-        rounds=sum(s.rounds_with_drafts + s.rounds_without_drafts for s in steps),
-        digest=hash(tuple(tuple(tokens) for tokens, _ in answers)),
-    )
+    async def _closed(self, clients: int, repeat: int, salt: bytes, answers: Answers) -> float:
+        """Output tokens/s over all clients."""
+        most = self._params.max_tokens or 0
+        started = [asyncio.Event() for _ in range(clients)]
+
+        async def client(index: int) -> None:
+            for turn in itertools.count():
+                prompt = self._prompts[(repeat * 7 + index + turn * clients) % len(self._prompts)]
+                # first answers of different lengths, so that the clients do not stay in step
+                length = most if turn else most * (1 + index % 4) // 4
+                await self._ask(prompt, length, salt + b"%d" % turn, answers, started[index])
+
+        tasks = [asyncio.create_task(client(index)) for index in range(clients)]
+        await asyncio.gather(*(event.wait() for event in started))
+        first, started_s = len(self._steps), time.perf_counter()
+        await asyncio.sleep(SLICE_S)
+        tokens, seconds = sum(s.generated for s in self._steps[first:]), time.perf_counter() - started_s
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while self._engine.gauges().sequences_running:
+            await asyncio.sleep(0.01)
+        return tokens / seconds
+
+    async def _open(self, rate_per_s: float, repeat: int, salt: bytes, answers: Answers) -> float:
+        """Output tokens/s of a request, from its arrival on, averaged over all tokens."""
+        arrivals = list(itertools.takewhile(lambda s: s < SLICE_S, poisson_arrivals_s(rate_per_s, seed=repeat)))
+        started_s = time.perf_counter()
+
+        async def ask(index: int, arrival_s: float) -> tuple[int, float]:
+            await asyncio.sleep(max(0.0, arrival_s - (time.perf_counter() - started_s)))
+            asked_s = time.perf_counter()
+            prompt = self._prompts[(repeat * 7 + index) % len(self._prompts)]
+            tokens = await self._ask(prompt, self._params.max_tokens or 0, salt, answers, None)
+            return tokens, time.perf_counter() - asked_s
+
+        done = await asyncio.gather(*(ask(i, s) for i, s in enumerate(arrivals or [0.0])))
+        return sum(tokens for tokens, _ in done) / sum(seconds for _, seconds in done)
+
+
+def check_same_answers(slices: Sequence[Slice]) -> None:
+    """Speculation never changes the answer: what two modes have both read of an answer is equal."""
+    for one in slices:
+        for prompt, tokens in one.answers.items():
+            other = slices[0].answers.get(prompt, ())
+            shared = min(len(tokens), len(other))
+            if tokens[:shared] != other[:shared]:
+                raise SystemExit(
+                    f"{one.load}, repeat {one.repeat}: {one.mode} and {slices[0].mode} gave different tokens"
+                )
 
 
 def bootstrap_median(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
@@ -152,20 +212,14 @@ def table(slices: Sequence[Slice], floor_ms: float) -> str:
 async def measure(args: argparse.Namespace, engine: Engine, prompts: Sequence[tuple[int, ...]]) -> list[Slice]:
     await engine.start()
     params = SamplingParams(temperature=args.temperature, seed=0, max_tokens=args.max_tokens, ignore_eos=True)
-    loads = [Load(clients=n) for n in args.concurrency] + [Load(rate_per_s=r) for r in args.rates]
+    runner = Slices(engine, prompts, params)
     slices: list[Slice] = []
-    for load in loads:
-        count = load.clients or max(4, round((load.rate_per_s or 0.0) * OPEN_LOOP_S))
-        for repeat in range(-1, args.repeats):  # the first is warm-up
-            chosen = [prompts[((repeat + 1) * count + i) % len(prompts)] for i in range(count)]
-            done = [
-                await run_slice(engine, chosen, load, mode, repeat, params)
-                for mode in (MODES if repeat % 2 else MODES[::-1])
-            ]
-            if len({one.digest for one in done}) != 1:
-                raise SystemExit(f"{load}, repeat {repeat}: the modes gave different tokens")
-            if repeat >= 0:
-                slices += done
+    await runner.run(Load(clients=2), "fixed", -1)  # warm-up
+    for load in [Load(clients=n) for n in args.concurrency] + [Load(rate_per_s=r) for r in args.rates]:
+        for repeat in range(args.repeats):
+            done = [await runner.run(load, mode, repeat) for mode in (MODES if repeat % 2 else MODES[::-1])]
+            check_same_answers(done)
+            slices += done
         print(f"{load} done", flush=True)
     await engine.close()
     return slices
@@ -202,7 +256,9 @@ def main() -> int:
     print(table(slices, floor_ms))
     if args.json:
         facts = {"machine": machine.as_dict(), "date": datetime.now(UTC).isoformat(), "floor_ms": floor_ms}
-        args.json.write_text(json.dumps({**facts, "slices": [asdict(one) for one in slices]}, indent=1))
+        args.json.write_text(
+            json.dumps({**facts, "slices": [asdict(replace(one, answers={})) for one in slices]}, indent=1)
+        )
     return 0
 
 
