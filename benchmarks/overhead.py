@@ -26,6 +26,7 @@ import uvicorn
 
 from dspark.benchmarks.load import positive
 from dspark.benchmarks.machine import describe_machine
+from dspark.benchmarks.prompts import mixed
 from dspark.engine import Engine, EngineConfig, Request, SamplingParams, StepFacts, locate_model
 from dspark.engine.models.spec import read_spec
 from dspark.engine.models.weights import load_weights
@@ -57,15 +58,22 @@ def host_ms(facts: StepFacts) -> float:
     return 1e3 * (facts.step_s - facts.verify_s - facts.draft_s)
 
 
-async def direct_steps(engine: Engine, clients: int, max_tokens: int, salt: bytes) -> list[StepFacts]:
+def chat_prompts(text: ModelText) -> list[tuple[int, ...]]:
+    """What the load generator's clients ask, in their order, so that contexts are equally long with and without them."""
+    return [tuple(text.encode_chat([{"role": "user", "content": prompt.text}])) for prompt in mixed()]
+
+
+async def direct_steps(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], clients: int, max_tokens: int, salt: bytes
+) -> list[StepFacts]:
     """Decode steps of `clients` requests submitted straight to the engine, all running."""
     steps: list[StepFacts] = []
     engine.on_step.append(steps.append)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
     async def ask(index: int) -> None:
-        prompt = tuple((np.arange(40) * 31 + index * 101 + 7) % engine.info.vocab_size)
-        async with engine.submit(Request(tuple(map(int, prompt)), params, cache_salt=salt)) as stream:
+        prompt = prompts[index % len(prompts)]
+        async with engine.submit(Request(prompt, params, cache_salt=salt)) as stream:
             async for _ in stream:
                 pass
 
@@ -87,18 +95,11 @@ async def http_steps(engine: Engine, port: int, model: str, max_tokens: int) -> 
             lags.append(time.monotonic() - due_s)
 
     watcher = asyncio.create_task(watch())
-    command = [sys.executable, "-m", "dspark.benchmarks.load", "--url", f"http://127.0.0.1:{port}", "--model", model]
-    command += [
-        "--concurrency",
-        str(CLIENTS),
-        "--requests",
-        str(CLIENTS),
-        "--max-tokens",
-        str(max_tokens),
-        "--warmup",
-        "0",
-    ]
-    process = await asyncio.create_subprocess_exec(*command, "--ignore-eos", stdout=asyncio.subprocess.DEVNULL)
+    options = {"url": f"http://127.0.0.1:{port}", "model": model, "concurrency": CLIENTS, "requests": CLIENTS}
+    options |= {"max-tokens": max_tokens, "warmup": 0}
+    command = [str(Path(sys.executable).with_name("dspark")), "bench", "--ignore-eos"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
     if await process.wait():
         raise SystemExit("the load generator failed")
     watcher.cancel()
@@ -109,7 +110,9 @@ async def http_steps(engine: Engine, port: int, model: str, max_tokens: int) -> 
 async def measure_engine(repeats: int) -> dict[str, object]:
     files = locate_model(None)
     engine = await asyncio.to_thread(Engine.load, EngineConfig(threads=1, speculation="off"))
-    service = Service(engine, ModelText.load(files.folder), ServerSettings(files.name))
+    text = ModelText.load(files.folder)
+    prompts = chat_prompts(text)
+    service = Service(engine, text, ServerSettings(files.name))
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), port=0, log_level="error", loop="asyncio", lifespan="on")
     )
@@ -119,7 +122,7 @@ async def measure_engine(repeats: int) -> dict[str, object]:
     port = server.servers[0].sockets[0].getsockname()[1]
     host = {}
     for clients in (1, 32):
-        steps = await direct_steps(engine, clients, 128, b"host %d" % clients)
+        steps = await direct_steps(engine, prompts, clients, 128, b"host %d" % clients)
         host[str(clients)] = Spread.of([host_ms(s) for s in steps])
         print(f"host time per step at batch {clients}: {host[str(clients)]} ms", flush=True)
     alone_ms, http_ms, ratios, all_lags = [], [], [], []
@@ -127,7 +130,7 @@ async def measure_engine(repeats: int) -> dict[str, object]:
         measured = {}
         for which in ("alone", "http") if repeat % 2 else ("http", "alone"):
             if which == "alone":
-                steps = await direct_steps(engine, CLIENTS, 128, b"alone %d" % repeat)
+                steps = await direct_steps(engine, prompts, CLIENTS, 128, b"alone %d" % repeat)
             else:
                 steps, lags = await http_steps(engine, port, files.name, 128)
                 all_lags += lags
