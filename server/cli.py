@@ -1,4 +1,4 @@
-"""`dspark serve | bench`: flags to config objects, and the order in which a server comes up and goes down.
+"""`dspark serve | bench | train-drafter`: flags to config objects, and the order in which a server comes up and goes down.
 
 Nothing heavy is imported at the top: the threading environment has to be set before torch is first imported.
 """
@@ -63,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         load.add_arguments(bench_parser)
         return load.main(parser.parse_args(arguments))
+    train_help = "Train a DSpark or DFlash drafter for a target from a file of prompts."
+    train_parser = commands.add_parser("train-drafter", help=train_help, description=train_help)
+    if arguments[:1] == ["train-drafter"]:
+        from dspark.training import train_drafter
+
+        train_drafter.add_arguments(train_parser)
+        return train_drafter.main(parser.parse_args(arguments))
     return serve(parser.parse_args(arguments))
 
 

@@ -1,0 +1,1 @@
+"""A drafter for any supported target: answers, features, training, checkpoint, evaluation."""
