@@ -1,7 +1,9 @@
 """From a drafter's raw confidence to the probability that the target accepts: learned online, per kind and position.
 
+The kind of a block is its source (which of several drafters proposed it) and whether its request is greedy or sampled.
+
 A drafter says, for draft k of a block, how sure it is (log-odds c) that the target accepts it given that it accepted
-drafts < k. Here `p = sigmoid(slope * c / temperature_k + bias)`, with slope and bias per (greedy | sampled, position).
+drafts < k. Here `p = sigmoid(slope * c / temperature_k + bias)`, with slope and bias per (kind, position).
 A drafter without a confidence head gives constant log-odds; the bias alone then is the acceptance rate.
 
 The fit is online logistic regression: each label is linearised at the current parameters (one iteratively reweighted
@@ -15,14 +17,12 @@ Starting point: sequential temperature scaling (DSpark paper), `temperature_k`, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-GREEDY, SAMPLED = 0, 1
+Source = int | NDArray[np.int8]
 MEMORY_LABELS = 1000.0
 """Labels after which an old one counts 1/e, per cell."""
 POOL_MEMORY_LABELS = 2000.0
@@ -44,18 +44,20 @@ LARGEST_SURVIVAL = np.float32(1.0 - 1e-6)
 class CalibrationTable:
     """An immutable picture of a calibration, to be read by any thread.
 
-    slope, bias: [2, γ] float32, applied to the raw log-odds; row 0 greedy, row 1 sampled.
+    slope, bias: [2 · sources, γ] float32, applied to the raw log-odds; row 2·source + sampled.
     """
 
     slope: NDArray[np.float32]
     bias: NDArray[np.float32]
 
-    def survival(self, confidence: NDArray[np.float32], sampled: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def survival(
+        self, confidence: NDArray[np.float32], sampled: NDArray[np.bool_], source: Source = 0
+    ) -> NDArray[np.float32]:
         """Probability that drafts 0..j are all accepted, [B, γ] float32, in (0, 1) and non-increasing in j.
 
-        confidence: [B, γ] float32 raw log-odds; sampled: [B] bool, temperature above 0.
+        confidence: [B, γ] float32 raw log-odds; sampled: [B] bool, temperature above 0; source: [B], or of all.
         """
-        kind = sampled.astype(np.intp)
+        kind = _kind(sampled, source)
         logits = self.slope[kind] * _bounded(confidence) + self.bias[kind]
         survival = np.cumprod(1.0 / (1.0 + np.exp(-logits)), axis=1, dtype=np.float32)
         return np.clip(survival, SMALLEST_SURVIVAL, LARGEST_SURVIVAL)
@@ -64,22 +66,25 @@ class CalibrationTable:
 class Calibration:
     """Learns from verified drafts; one thread calls `observe`, any may hold a `table()`."""
 
-    def __init__(self, block_size: int, temperatures: Sequence[float] | None = None) -> None:
-        """block_size: γ. temperatures: [γ] stored sequential temperatures; None: 1.
+    def __init__(self, block_size: int, temperatures: ArrayLike | None = None, sources: int = 1) -> None:
+        """block_size: γ. temperatures: stored sequential temperatures of source 0, [2, γ] (greedy, sampled) or [γ] for both;
 
-        Raises ValueError when `temperatures` has another length or a value that is not positive.
+        None: 1, as of all others. Raises ValueError for another shape or a value that is not positive.
         """
-        if temperatures is None:
-            temperatures = [1.0] * block_size
-        if len(temperatures) != block_size:
-            raise ValueError(f"temperatures: {len(temperatures)} given, but a block has {block_size} drafts")
-        if not all(math.isfinite(t) and t > 0 for t in temperatures):
-            raise ValueError(f"temperatures: each must be a positive number, given {list(temperatures)}")
+        given = np.ones(block_size) if temperatures is None else np.asarray(temperatures, np.float64)
+        if given.shape not in ((block_size,), (2, block_size)):
+            raise ValueError(
+                f"temperatures: shape {list(given.shape)}, but must be [{block_size}] or [2, {block_size}] for a block "
+                f"of {block_size} drafts"
+            )
+        if not (np.isfinite(given) & (given > 0)).all():
+            raise ValueError(f"temperatures: each must be a positive number, given {given.tolist()}")
         self.block_size = block_size
-        self._temperatures = np.asarray(temperatures, dtype=np.float64)
+        self._temperatures = np.ones((2 * sources, block_size))
+        self._temperatures[:2] = given
         self._position = np.arange(block_size)
         # decayed sums of the normal equations of (slope, bias): weight times x², x, 1, x·z, z with z the working response
-        self._cells = np.zeros((5, 2, block_size))
+        self._cells = np.zeros((5, 2 * sources, block_size))
         self._pool = np.zeros(5)
         self._refresh()
 
@@ -89,18 +94,19 @@ class Calibration:
         sampled: NDArray[np.bool_],
         verified_lengths: NDArray[np.int32],
         accepted_lengths: NDArray[np.int32],
+        source: Source = 0,
     ) -> None:
         """Learn from one verified step.
 
         confidence: [B, γ] raw log-odds; sampled: [B]; verified_lengths, accepted_lengths: [B] drafts, accepted <=
-        verified.
+        verified; source: [B], or of all.
         """
         labelled = self._position <= np.minimum(accepted_lengths, verified_lengths - 1)[:, None]
         if not labelled.any():
             return
         accepted = self._position < accepted_lengths[:, None]
-        x = _bounded(confidence) / self._temperatures
-        kind = sampled.astype(np.intp)
+        kind = _kind(sampled, source)
+        x = _bounded(confidence) / self._temperatures[kind]
         eta = self._slope[kind] * x + self._bias[kind]
         p = 1.0 / (1.0 + np.exp(-eta))
         terms = np.empty((5, *x.shape))
@@ -110,7 +116,7 @@ class Calibration:
         np.add(terms[2] * eta, accepted - p, out=terms[4])
         np.multiply(terms[4], x, out=terms[3])
         terms *= labelled
-        of_kind = np.stack((~sampled, sampled)).astype(np.float64)
+        of_kind = (np.arange(len(self._temperatures))[:, None] == kind).astype(np.float64)
         added = of_kind @ terms
         self._cells *= np.exp((of_kind @ labelled) * (-1.0 / MEMORY_LABELS))
         self._cells += added
@@ -118,37 +124,15 @@ class Calibration:
         self._pool += added.sum(axis=(1, 2))
         self._refresh()
 
-    def survival(self, confidence: NDArray[np.float32], sampled: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def survival(
+        self, confidence: NDArray[np.float32], sampled: NDArray[np.bool_], source: Source = 0
+    ) -> NDArray[np.float32]:
         """As `CalibrationTable.survival`, with the newest parameters."""
-        return self._table.survival(confidence, sampled)
+        return self._table.survival(confidence, sampled, source)
 
     def table(self) -> CalibrationTable:
         """The parameters now; later calls of `observe` do not change it."""
         return self._table
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything learned, as JSON types."""
-        return {
-            "block_size": self.block_size,
-            "temperatures": self._temperatures.tolist(),
-            "cells": self._cells.tolist(),
-            "pool": self._pool.tolist(),
-        }
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Calibration:
-        """The inverse of `to_dict`. Raises ValueError naming what is missing or misshapen."""
-        missing = {"block_size", "temperatures", "cells", "pool"} - set(state)
-        if missing:
-            raise ValueError(f"calibration: missing {', '.join(sorted(missing))}")
-        calibration = cls(int(state["block_size"]), [float(t) for t in state["temperatures"]])
-        for name, held in (("cells", calibration._cells), ("pool", calibration._pool)):
-            stored = np.asarray(state[name], dtype=np.float64)
-            if stored.shape != held.shape or not np.isfinite(stored).all():
-                raise ValueError(f"calibration: {name} must be finite numbers of shape {held.shape}, is {stored.shape}")
-            held[:] = stored
-        calibration._refresh()
-        return calibration
 
     def _refresh(self) -> None:
         pooled = _solve(self._pool, (1.0, 0.0), POOL_PRIOR)
@@ -158,6 +142,10 @@ class Calibration:
         slope.flags.writeable = False
         bias.flags.writeable = False
         self._table = CalibrationTable(slope, bias)
+
+
+def _kind(sampled: NDArray[np.bool_], source: Source) -> NDArray[np.intp]:
+    return sampled.astype(np.intp) + 2 * np.asarray(source, np.intp)
 
 
 def _bounded(confidence: NDArray[np.float32]) -> NDArray[np.float32]:

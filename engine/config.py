@@ -17,7 +17,9 @@ class EngineConfig:
     model: str | None = None
     """Local Hugging Face folder, GGUF file or hub id; None: the default model."""
     drafter: str = "auto"
-    """`auto` (the one shipped for this target, else lookup), `lookup`, or the folder of a draft checkpoint."""
+    """`auto` (the one shipped for this target, else lookup), `lookup`, or the folder of a draft checkpoint or model."""
+    lookup: bool | None = None
+    """Whether lookup proposes beside the drafter; None: wherever that is lossless, so not in rejection mode."""
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 where the processor has bf16 instructions, else float32."""

@@ -61,6 +61,7 @@ class StepLoad:
 
     sequence_ids: [B].  survival: [B, γ] float32, calibrated, 0 at and beyond `proposed`.
     proposed: [B] int32, tokens of each draft block, 0..γ.  caps: [B] int32, most drafts by length, KV or grammar, >= 0.
+    free: [B] bool, the block cost nothing: no drafter was run for the sequence.
     context_tokens: K/V entries that the step's attention reads.  draft_room: rows left in the step's token budget.
     prefill_tokens: prompt rows in this step.  prefill_ending: sequences whose prompt ends in this step.
     queue_tokens: verifier-queue tokens beyond this step that could start now or share this step's budget.
@@ -71,6 +72,7 @@ class StepLoad:
     survival: NDArray[np.float32]
     proposed: NDArray[np.int32]
     caps: NDArray[np.int32]
+    free: NDArray[np.bool_]
     context_tokens: int
     draft_room: int
     prefill_tokens: int = 0
@@ -86,6 +88,7 @@ class Allocation:
     budget: drafts to verify in total; `fill_budget` says which.  threshold: survival of the least likely draft admitted
     (0: nothing was cut, 1: everything was).  price: λ', tokens/s.
     draft_next: [B] bool, draft the next block after this step.  draft_new: the same for sequences whose prompt ends in it.
+    draft_free: take what drafts cost nothing for the others.
     predicted_step_s: of this step.  plain_step_s, plain_decode_s: of plain steps of the same anchors, with and without
     this step's prefill rows.
     reason: [B], why drafts of the sequence were cut, if they were.  plain_reason: [B], why nothing is drafted next,
@@ -97,6 +100,7 @@ class Allocation:
     price: float
     draft_next: NDArray[np.bool_]
     draft_new: bool
+    draft_free: bool
     predicted_step_s: float
     plain_step_s: float
     plain_decode_s: float
@@ -117,6 +121,7 @@ class StepOutcome:
     rows: of the target pass, 0 if there was none.  verify_s: target pass, sampling and context injection.
     drafting_sequences: sequences drafted for after it.  draft_s: what that took.  host_s: the rest of the step.
     sequence_ids: [B].  survival, confidence: [B, γ] float32, calibrated and raw.  sampled: [B] bool.
+    source: [B] int8, see `Draft.source`.  free: [B] bool, see `StepLoad`.
     proposed, verified, accepted: [B] int32.
     """
 
@@ -130,7 +135,9 @@ class StepOutcome:
     survival: NDArray[np.float32]
     confidence: NDArray[np.float32]
     sampled: NDArray[np.bool_]
+    source: NDArray[np.int8]
     proposed: NDArray[np.int32]
+    free: NDArray[np.bool_]
     verified: NDArray[np.int32]
     accepted: NDArray[np.int32]
 
@@ -189,7 +196,7 @@ class LoadController:
 
     @property
     def state(self) -> str:
-        """off | full (all drafts verified) | limited | minimal (at most one a block) | plain (nothing drafted)."""
+        """off | full (all drafts verified) | limited | minimal (at most one a block) | plain (the drafter rests)."""
         return "off" if self.mode == "off" else self._state
 
     def forget(self, sequence_id: int) -> None:
@@ -236,6 +243,7 @@ class LoadController:
             price=prices.raised,
             draft_next=draft_next,
             draft_new=draft_new,
+            draft_free=True,
             predicted_step_s=predicted_s,
             plain_step_s=float(prices.verify_s[rows]) + prices.host_s,
             plain_decode_s=float(prices.verify_s[anchors]) + prices.host_s,
@@ -257,6 +265,7 @@ class LoadController:
             price=anchors / decode_s,
             draft_next=np.zeros(anchors, np.bool_),
             draft_new=False,
+            draft_free=False,
             predicted_step_s=step_s,
             plain_step_s=step_s,
             plain_decode_s=decode_s,
@@ -271,8 +280,10 @@ class LoadController:
         self.cost.observe_verify(outcome.rows, outcome.context_tokens, outcome.verify_s)
         self.cost.observe_draft(outcome.drafting_sequences, outcome.draft_s)
         self.cost.observe_host(sequences, outcome.host_s)
-        self.calibration.observe(outcome.confidence, outcome.sampled, outcome.verified, outcome.accepted)
-        drafted = (outcome.proposed > 0) & self._sequences.known(outcome.sequence_ids)
+        self.calibration.observe(
+            outcome.confidence, outcome.sampled, outcome.verified, outcome.accepted, outcome.source
+        )
+        drafted = (outcome.proposed > 0) & ~outcome.free & self._sequences.known(outcome.sequence_ids)
         if drafted.any():
             slots = self._sequences.slots(np.asarray(outcome.sequence_ids)[drafted].tolist())
             survival = outcome.survival[drafted]
@@ -318,7 +329,7 @@ class LoadController:
 
     def _learn_blocks(self, load: StepLoad, slots: NDArray[np.intp], probe: bool) -> None:
         """Take the blocks drafted after the last step into the picture of recent ones."""
-        attempted = self._sequences.attempted[slots] | (load.proposed > 0)
+        attempted = (self._sequences.attempted[slots] | (load.proposed > 0)) & ~load.free
         if not attempted.any():
             return
         blocks = load.survival[attempted]
@@ -386,7 +397,8 @@ class LoadController:
                 budget = probed
         if budget == room:
             self._steps_since_full = 0
-        drafted = int(np.count_nonzero(load.proposed))
+        paid = (load.proposed > 0) & ~load.free
+        drafted = int(np.count_nonzero(paid))
         spent_s = float(prices.verify_s[base + budget] - prices.verify_s[base]) + self.cost.draft_s(drafted)
         self._regret_tokens = max(0.0, self._regret_tokens + prices.quiet * spent_s - float(accepted[budget]))
         return quiet, budget

@@ -88,7 +88,7 @@ class Runner:
             self.drafter.observe(features, flat.positions, flat.slots)
         inject_s = time.perf_counter()
         chosen = self._to_draft(batch, allocation)
-        drafts = self._draft(chosen, calibration)
+        drafts = self._draft(chosen, self._free(batch, allocation, chosen), calibration)
         return StepResult(
             rounds=rounds,
             first_rounds=first_rounds,
@@ -227,8 +227,20 @@ class Runner:
             chosen += [prefill.sequence for prefill in batch.prefills if prefill.ends]
         return [sequence for sequence in chosen if self._goes_on(sequence)]
 
-    def _draft(self, chosen: Items[Sequence], calibration: CalibrationTable) -> dict[int, NextDraft]:
-        """Draft the next block of each."""
+    def _free(self, batch: Batch, allocation: Allocation, chosen: Items[Sequence]) -> list[Sequence]:
+        """The other sequences that go on, where the allocation and the drafter have free drafts for them."""
+        if not allocation.draft_free or not self.drafter.proposes_free:
+            return []
+        running = [decode.sequence for decode in batch.decodes] + [p.sequence for p in batch.prefills if p.ends]
+        drafted = {sequence.id for sequence in chosen}
+        return [sequence for sequence in running if sequence.id not in drafted and self._goes_on(sequence)]
+
+    def _draft(
+        self, chosen: Items[Sequence], free: Items[Sequence], calibration: CalibrationTable
+    ) -> dict[int, NextDraft]:
+        """Draft the next block of each; for `free` ones what costs nothing."""
+        paid = len(chosen)
+        chosen = [*chosen, *free]
         if not chosen:
             return {}
         states = [self._states[sequence.id] for sequence in chosen]
@@ -241,12 +253,14 @@ class Runner:
                     temperature=state.sampling.temperature,
                     noise_key=state.sampling.noise_key,
                     block_table=state.block_table,
+                    free_only=i >= paid,
                 )
-                for sequence, state in zip(chosen, states, strict=True)
+                for i, (sequence, state) in enumerate(zip(chosen, states, strict=True))
             ]
         )
         sampled = np.array([state.sampling.temperature > 0 for state in states])
-        survival = calibration.survival(draft.confidence, sampled)
+        source = np.zeros(len(chosen), np.int8) if draft.source is None else draft.source
+        survival = calibration.survival(draft.confidence, sampled, source)
         lengths = np.minimum(draft.lengths, self._max_draft_tokens)
         survival[np.arange(survival.shape[1]) >= lengths[:, None]] = 0.0
         drafts = {}
@@ -255,7 +269,9 @@ class Runner:
             if proposed:
                 state.drafts, state.survival = draft.tokens[i, :proposed], survival[i]
                 state.draft_probs = None if draft.probs is None else draft.probs[i]
-                drafts[sequence.id] = NextDraft(proposed, draft.confidence[i], survival[i])
+                drafts[sequence.id] = NextDraft(
+                    proposed, draft.confidence[i], survival[i], int(source[i]), free=i >= paid
+                )
         return drafts
 
     def _goes_on(self, sequence: Sequence) -> bool:

@@ -21,11 +21,16 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NextDraft:
-    """The block drafted for a sequence's next round. confidence, survival: [γ] float32."""
+    """The block drafted for a sequence's next round. confidence, survival: [γ] float32; source: see `Draft.source`.
+
+    free: it cost nothing, for the sequence was not chosen to be drafted for.
+    """
 
     proposed: int
     confidence: NDArray[np.float32]
     survival: NDArray[np.float32]
+    source: int = 0
+    free: bool = False
 
 
 @dataclass(slots=True, eq=False)

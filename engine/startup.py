@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dspark.engine.calibration import Calibration
 from dspark.engine.config import EngineConfig
 from dspark.engine.cost_model import CostModel
 from dspark.engine.drafters.drafter import Drafter, DraftRow
@@ -97,7 +96,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     decoder = Decoder(spec, load_weights(files.folder, spec, dtype, progress), max_model_len, linear)
     clock.end("target_weights")
     noise = NoiseCache(spec.vocab_size)
-    drafter, temperatures = open_drafter(config, decoder, max_model_len, _draft_noise(config, noise))
+    drafter, calibration = open_drafter(config, decoder, files.name, max_model_len, _draft_noise(config, noise))
     clock.end("draft_weights")
     kv_bytes, num_blocks = _plan_kv(config, decoder, drafter, max_model_len)
     decoder.allocate_kv(num_blocks, BLOCK_SIZE)
@@ -113,7 +112,9 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     report("warm-up", 2, 2)
     clock.end("warmup")
     timer = PassTimer(decoder, drafter, num_blocks)
-    cost = _costs(config, cache, files.name, timer, (dtype, threads, drafter.name, spec))
+    cost = _costs(
+        config, cache, files.name, timer, (dtype, threads, drafter.name, config.drafter, drafter.block_size, spec)
+    )
     clock.end("profile")
     most = min(config.num_speculative_tokens or drafter.block_size, drafter.block_size)
     stop_ids = frozenset(spec.eos_token_ids)
@@ -136,7 +137,6 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
         load_seconds=clock.phases,
     )
     runner = Runner(decoder, drafter, noise, stop_ids, config.verification, most)
-    calibration = Calibration(drafter.block_size, temperatures or None)
     controller = LoadController(config.speculation, drafter.block_size, cost, calibration)
     return EngineParts(info, runner, controller, stop_ids)
 
@@ -251,8 +251,10 @@ class PassTimer:
         """Seconds of drafting one block for each of `sequences` sequences."""
         length = min(4 * BLOCK_SIZE, self._num_blocks * BLOCK_SIZE - 1)
         table = np.arange(blocks_for(length + 1), dtype=np.int32)
-        tokens = np.zeros(length + 1, np.int64)
+        tokens = np.arange(length + 1, dtype=np.int64)  # all different: lookup has nothing to propose, a model must
+        tokens %= self._decoder.spec.vocab_size
         rows = [DraftRow(-1 - i, tokens, length, 0.0, 0, table) for i in range(sequences)]
+        self._drafter.propose(rows)  # a drafter whose context is a pass of its own first catches up
         seconds = _timed(lambda: self._drafter.propose(rows))
         for row in rows:
             self._drafter.forget(row.sequence_id)

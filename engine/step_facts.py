@@ -15,12 +15,14 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
     for row, decode in zip(survival, batch.decodes, strict=True):
         if decode.draft is not None:
             row[:] = decode.draft.survival
+    free = [decode.draft is not None and decode.draft.free for decode in batch.decodes]
     computing = len(batch.prefills)
     return StepLoad(
         sequence_ids=[decode.sequence.id for decode in batch.decodes],
         survival=survival,
         proposed=np.array([decode.proposed for decode in batch.decodes], np.int32),
         caps=np.array([decode.cap for decode in batch.decodes], np.int32),
+        free=np.array(free, np.bool_),
         context_tokens=batch.context_tokens,
         draft_room=batch.draft_room,
         prefill_tokens=batch.prefill_rows,
@@ -33,9 +35,10 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
 def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float) -> StepOutcome:
     """What the step did, as the controller learns from it. step_s: from planning to commit."""
     confidence = np.zeros_like(load.survival)
-    for row, decode in zip(confidence, batch.decodes, strict=True):
+    source = np.zeros(len(confidence), np.int8)
+    for i, decode in enumerate(batch.decodes):
         if decode.draft is not None:
-            row[:] = decode.draft.confidence
+            confidence[i], source[i] = decode.draft.confidence, decode.draft.source
     sampled = [not decode.sequence.record.request.sampling.greedy for decode in batch.decodes]
     return StepOutcome(
         rows=result.rows,
@@ -48,7 +51,9 @@ def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float
         survival=load.survival,
         confidence=confidence,
         sampled=np.array(sampled, np.bool_),
+        source=source,
         proposed=load.proposed,
+        free=load.free,
         verified=np.array([round_.verified for round_ in result.rounds], np.int32),
         accepted=np.array([round_.accepted for round_ in result.rounds], np.int32),
     )

@@ -1,4 +1,4 @@
-"""`dspark serve | bench | train-drafter`: flags to config objects, and the order in which a server comes up and goes down.
+"""`dspark serve | bench | train-drafter | eval`: flags to config objects, and how a server comes up and goes down.
 
 Nothing heavy is imported at the top: the threading environment has to be set before torch is first imported.
 """
@@ -63,14 +63,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         load.add_arguments(bench_parser)
         return load.main(parser.parse_args(arguments))
-    train_help = "Train a DSpark or DFlash drafter for a target from a file of prompts."
+    train_help = "Train a DSpark, DFlash or Eagle3 drafter for a target from files of prompts."
     train_parser = commands.add_parser("train-drafter", help=train_help, description=train_help)
     if arguments[:1] == ["train-drafter"]:
+        set_threading_environment(None)
         from dspark.training import train_drafter
 
         train_drafter.add_arguments(train_parser)
-        return train_drafter.main(parser.parse_args(arguments))
+        return run_offline(train_drafter.main, parser.parse_args(arguments))
+    eval_help = "Measure drafters on answers that they were not trained on."
+    eval_parser = commands.add_parser("eval", help=eval_help, description=eval_help)
+    if arguments[:1] == ["eval"]:
+        set_threading_environment(None)
+        from dspark.training import evaluate
+
+        evaluate.add_arguments(eval_parser)
+        return run_offline(evaluate.main, parser.parse_args(arguments))
     return serve(parser.parse_args(arguments))
+
+
+def run_offline(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """A command that serves nobody: what it cannot do is said in one line, and it may be interrupted."""
+    from dspark.engine import ConfigError
+
+    try:
+        return command(options)
+    except ConfigError as error:
+        fail(f"dspark {options.command}: {error}")
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,8 +188,14 @@ def _add_speculation_arguments(group: Any) -> None:
     group.add_argument(
         "--drafter",
         default="auto",
-        help="auto (the one shipped for the model, else lookup), lookup, or the folder of a draft checkpoint "
-        "(default: auto).",
+        help="auto (the one shipped for the model, else lookup), lookup, or a folder: a DSpark, DFlash or Eagle3 "
+        "checkpoint, or a small model with the same vocabulary (default: auto).",
+    )
+    group.add_argument(
+        "--no-lookup",
+        action="store_true",
+        help="Draft with the model drafter alone, never by looking up repeated text (default: both, where that is "
+        "lossless).",
     )
     group.add_argument(
         "--speculation",
@@ -288,6 +315,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         model=options.model,
         drafter=options.drafter,
+        lookup=False if options.no_lookup else None,
         device=options.device,
         dtype=options.dtype,
         threads=options.threads,

@@ -23,12 +23,14 @@ class Draft:
     lengths: [B] int32, tokens proposed per sequence, 0..γ (0: nothing to propose).
     confidence: [B, γ] float32, raw log-odds that draft j is accepted if all earlier ones were; calibrated later.
     probs: [B, γ, vocab] float32, the distribution each draft was drawn from; only in rejection mode.
+    source: [B] int8, which of the drafter's `sources` proposed the block; None: the first.
     """
 
     tokens: NDArray[np.int64]
     lengths: NDArray[np.int32]
     confidence: NDArray[np.float32]
     probs: torch.Tensor | None = None
+    source: NDArray[np.int8] | None = None
 
 
 @dataclass(slots=True)
@@ -45,10 +47,13 @@ class DraftRow:
     temperature: float
     noise_key: int
     block_table: NDArray[np.int32]
+    free_only: bool = False  # propose what costs nothing, or nothing
 
 
 class Drafter(Protocol):
     name: str
+    proposes_free: bool  # there may be something to propose for `free_only` rows
+    sources: tuple[str, ...]  # names of the drafters it combines, its own alone if it is one
     block_size: int  # γ, tokens of a full proposal
     feature_layers: tuple[int, ...]  # target layers whose output `observe` wants; empty: none
 

@@ -3,9 +3,11 @@
 The input of a block is [anchor, MASK × (γ-1)] at positions s … s+γ-1. Every slot attends to the context of positions
 0 … s-1 (made from the target's features, see `observe`) and to all γ slots. Slot k predicts the token at s+1+k: its
 logits are the head's plus a Markov bias that depends on the token drafted just before. DFlash is the same with rank 0.
+A checkpoint may name the ids that are drafted (v of the V): head and bias are then computed for these alone, which for a
+small drafter saves most of its time (FR-Spec, arXiv 2502.14856).
 
 Letters: B sequences, γ draft block, d hidden, H query heads, K key/value heads, e head dim, L layers, m captured
-target layers, r Markov rank, V vocabulary.
+target layers, r Markov rank, V vocabulary, v ids that are drafted (V where the checkpoint does not say).
 Source: DSpark paper, sections on the parallel backbone, the Markov head and the confidence head; DeepSpec's code.
 """
 
@@ -71,7 +73,8 @@ class MarkovHead:
     def __init__(self, spec: DraftSpec, weights: Mapping[str, Tensor], linear: LinearFactory) -> None:
         self._kind = spec.markov
         self._w1 = weights["markov_head.markov_w1.weight"]
-        self._w2 = _fused(linear, weights, ["markov_head.markov_w2"])
+        w2 = weights["markov_head.markov_w2.weight"]
+        self._w2 = linear(w2 if spec.draft_token_ids is None else w2[list(spec.draft_token_ids)])
         if self._kind == "gated":
             self._gate = _fused(linear, weights, ["markov_head.gate_proj"])
         elif self._kind == "rnn":
@@ -82,7 +85,7 @@ class MarkovHead:
         return F.embedding(tokens, self._w1)
 
     def bias(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bias of one slot [B, V], and the state for the next slot.
+        """Bias of one slot [B, v], and the state for the next slot.
 
         previous: [B, r], `embed` of the tokens before; hidden: [B, d]; state: [B, r], of the rnn head only, or None at
         the first slot of a block (zeros).
@@ -106,6 +109,8 @@ class DSparkDrafter:
     """
 
     name = "dspark"
+    sources: tuple[str, ...] = (name,)
+    proposes_free = False
 
     def __init__(
         self,
@@ -122,14 +127,17 @@ class DSparkDrafter:
     ) -> None:
         """weights: `load_draft_weights`, in which an embedding or head of the drafter's own wins over the target's.
 
-        embedding: the target's, [V, d].       head: the target's, [n, d] -> logits [n, V].
+        embedding: the target's, [V, d].       head: the target's, [n, d] -> logits [n, v].
         max_num_seqs: sequences of the largest batch.      max_model_len: tokens of the longest sequence.
         """
         self.block_size = spec.block_size
         self.feature_layers = spec.target_layer_ids
         self._spec = spec
         self._embedding = weights.get(EMBEDDING, embedding)
-        self._head = _fused(linear, weights, [HEAD.removesuffix(".weight")]) if HEAD in weights else head
+        self._draft_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
+        self._head = head
+        if HEAD in weights:
+            self._head = linear(weights[HEAD] if self._draft_ids is None else weights[HEAD][self._draft_ids])
         self._fc = _fused(linear, weights, ["fc"])
         self._hidden_norm = weights["hidden_norm.weight"]
         self._norm = weights["norm.weight"]
@@ -263,7 +271,7 @@ class DSparkDrafter:
     def _draw_left_to_right(
         self, rows: Sequence[DraftRow], anchors: Tensor, hidden: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [B, γ, d]; logits: [B, γ, V], of the head alone; overwritten.
+        """hidden: [B, γ, d]; logits: [B, γ, v], of the head alone; overwritten.
 
         Returns the tokens [B, γ] and, in rejection mode, the distributions they were drawn from [B, γ, V].
         """
@@ -281,21 +289,32 @@ class DSparkDrafter:
             if noise is not None:
                 scaled = scores[sampled] / temperatures
                 scores[sampled] = scaled + noise[:, k]
-            previous = scores.argmax(dim=-1)
+            best = scores.argmax(dim=-1)
+            previous = best if self._draft_ids is None else self._draft_ids[best]
             tokens.append(previous)
             if self._verification == "rejection":
-                distribution = F.one_hot(previous, scores.shape[-1]).float()
+                distribution = F.one_hot(best, scores.shape[-1]).float()
                 if noise is not None:
                     distribution[sampled] = scaled.softmax(dim=-1)
-                distributions.append(distribution)
+                distributions.append(self._over_vocabulary(distribution))
         return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1) if distributions else None
 
+    def _over_vocabulary(self, distribution: Tensor) -> Tensor:
+        """[B, v] → [B, V], 0 for ids that are never drafted."""
+        if self._draft_ids is None:
+            return distribution
+        zeros = distribution.new_zeros((len(distribution), self._spec.vocab_size))
+        return zeros.index_copy_(1, self._draft_ids, distribution)
+
     def _block_noise(self, rows: Sequence[DraftRow]) -> Tensor:
-        """Noise of the positions that each block predicts, [rows, γ, V]."""
+        """Noise of the positions that each block predicts, [rows, γ, v]."""
         keys = np.array([row.noise_key for row in rows], np.uint64).repeat(self.block_size)
         rounds = np.array([row.position for row in rows], np.int64).repeat(self.block_size)
         positions = rounds + np.tile(np.arange(1, self.block_size + 1), len(rows))
-        return self._noise(keys, positions, rounds).view(len(rows), self.block_size, -1)
+        noise = self._noise(keys, positions, rounds)
+        if self._draft_ids is not None:
+            noise = noise[:, self._draft_ids]
+        return noise.view(len(rows), self.block_size, -1)
 
     def _log_odds(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """hidden: [B, γ, d]; previous: [B, γ], the token before each slot's -> [B, γ] float32; 0 without a head."""

@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 
 from dspark.engine.drafters.drafter import Draft, DraftRow
 
-LOG_ODDS_BY_MATCH = (-0.4, 0.6, 1.4)
-"""Prior log-odds that a proposed token is accepted, by length of the match in tokens (1, 2, 3); calibrated online."""
+LOG_ODDS_BY_MATCH = (-1.1, 0.0, 0.4, 0.5, 2.3)
+"""Log-odds that the first proposed token is accepted, by length of the match in tokens (1 … 5); calibrated online.
+
+Measured on greedy answers of SmolLM2-135M-Instruct. Few matches end at a length of 3 or 4, but telling them from longer ones
+matters: those, a repetition as a rule, gave 5 accepted tokens of 7, the shorter ones 2.
+"""
 
 _LONGEST_MATCH = len(LOG_ODDS_BY_MATCH)
 _TOKEN_BITS = 32  # one n-gram is one integer of n such digits: cheaper than a tuple in time and memory
@@ -23,7 +27,7 @@ _TOKEN_BITS = 32  # one n-gram is one integer of n such digits: cheaper than a t
 
 @dataclass(slots=True)
 class NgramIndex:
-    """Where each n-gram of one sequence ended last, n = 1..3. Amortised O(1) per token of the sequence."""
+    """Where each n-gram of one sequence ended last, n = 1..5. Amortised O(1) per token of the sequence."""
 
     length: int = 0  # n-grams that end before this position are indexed
     newest_end: tuple[dict[int, int], ...] = field(default_factory=lambda: tuple({} for _ in LOG_ODDS_BY_MATCH))
@@ -40,7 +44,7 @@ class NgramIndex:
         self.length = length
 
     def longest_match(self, tokens: NDArray[np.int64]) -> tuple[int, int]:
-        """The longest suffix of `tokens`, up to 3, that occurred before.
+        """The longest suffix of `tokens`, up to 5, that occurred before.
 
         Returns its length and the position where its newest earlier occurrence ended; (0, -1) if there is none.
         """
@@ -62,6 +66,8 @@ class LookupDrafter:
     """
 
     name = "lookup"
+    sources: tuple[str, ...] = (name,)
+    proposes_free = False
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, block_size: int) -> None:

@@ -1,57 +1,120 @@
-"""From the `drafter` option to a loaded drafter."""
+"""From the `drafter` option to a loaded drafter and the calibration of its confidence."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
+from dspark.engine.calibration import Calibration
 from dspark.engine.config import EngineConfig
+from dspark.engine.drafters.checkpoint_config import CheckpointConfig
 from dspark.engine.drafters.draft_checkpoint import (
+    EXTRAS_FILE,
+    DraftSpec,
     check_fits,
     drop_shared_with_target,
     load_draft_weights,
     read_draft_spec,
+    shipped_target,
 )
+from dspark.engine.drafters.draft_model import open_draft_model
 from dspark.engine.drafters.drafter import Drafter
 from dspark.engine.drafters.dspark import DSparkDrafter, Noise
+from dspark.engine.drafters.eagle3 import open_eagle3
+from dspark.engine.drafters.eagle3_checkpoint import EAGLE3_ARCHITECTURES
 from dspark.engine.drafters.lookup import LookupDrafter
+from dspark.engine.drafters.lookup_beside import LookupBeside
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, LinearFactory
 
 LOOKUP_TOKENS = 7
-"""γ of the lookup drafter when none is asked for."""
+"""γ of the lookup drafter alone when none is asked for."""
 MOST_TOKENS = 16
+_CAUSAL_MODEL = "ForCausalLM"
+"""How the architectures of causal language models end; a draft model is one."""
 
 
 def open_drafter(
-    config: EngineConfig, decoder: Decoder, max_model_len: int, noise: Noise
-) -> tuple[Drafter, list[float]]:
-    """The drafter and its stored sequential temperatures (empty: none). Raises ConfigError; never falls back."""
-    tokens = config.num_speculative_tokens
+    config: EngineConfig, decoder: Decoder, model_name: str, max_model_len: int, noise: Noise
+) -> tuple[Drafter, Calibration]:
+    """The drafter and what its confidence is worth so far. Raises ConfigError; never falls back.
+
+    model_name: the target's, by which `auto` finds the drafter that is shipped for it.
+    """
+    tokens, rejection = config.num_speculative_tokens, config.verification == "rejection"
     if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
         raise ConfigError("num_speculative_tokens", f"{tokens} is not in 1..{MOST_TOKENS}")
-    if config.drafter in ("auto", "lookup"):
-        if config.verification == "rejection":
+    folder = _shipped_for(model_name) if config.drafter == "auto" else _folder(config.drafter)
+    if folder is None:
+        if rejection:
             raise ConfigError("verification", "rejection needs a drafter with probabilities; lookup has none")
-        return LookupDrafter(tokens or LOOKUP_TOKENS), []
-    folder = Path(config.drafter).expanduser()
+        lookup = LookupDrafter(tokens or LOOKUP_TOKENS)
+        return lookup, Calibration(lookup.block_size)
+    if rejection and config.lookup:
+        raise ConfigError("lookup", "its choice looks at the drafted tokens, which rejection verification forbids")
+    drafter, temperatures = _open_model(folder, config, decoder, max_model_len, noise)
+    if rejection or config.lookup is False:
+        return drafter, Calibration(drafter.block_size, temperatures)
+    calibration = Calibration(drafter.block_size, temperatures, sources=2)
+    return LookupBeside(drafter, LookupDrafter(drafter.block_size), calibration.table), calibration
+
+
+def _shipped_for(model_name: str) -> Path | None:
+    """The folder beside this file whose drafter was trained for the model, whatever the model's publisher is called."""
+    for extras in sorted(Path(__file__).parent.glob(f"*/{EXTRAS_FILE}")):
+        target = shipped_target(extras)
+        if target is not None and model_name.rpartition("/")[2].lower() == target.lower():
+            return extras.parent
+    return None
+
+
+def _folder(drafter: str) -> Path | None:
+    """None: lookup alone."""
+    if drafter == "lookup":
+        return None
+    folder = Path(drafter).expanduser()
     if not folder.is_dir():
         raise ConfigError(
-            "drafter", f"{config.drafter} is neither `auto`, `lookup` nor a folder with a draft checkpoint"
+            "drafter", f"{drafter} is neither `auto`, `lookup` nor a folder with a draft checkpoint or model"
         )
+    return folder
+
+
+def _open_model(
+    folder: Path, config: EngineConfig, decoder: Decoder, max_model_len: int, noise: Noise
+) -> tuple[Drafter, tuple[tuple[float, ...], ...] | None]:
+    """The drafter in `folder`, of the kind that its config names, and its stored sequential temperatures."""
+    architecture = CheckpointConfig(folder).architecture
+    if architecture in EAGLE3_ARCHITECTURES:
+        return open_eagle3(folder, config, decoder, max_model_len, noise), None
+    if architecture.endswith(_CAUSAL_MODEL):
+        return open_draft_model(folder, config, decoder, max_model_len, noise), None
     spec = read_draft_spec(folder)
     check_fits(spec, decoder.spec)
+    tokens = config.num_speculative_tokens
     if tokens is not None and tokens > spec.block_size:
         raise ConfigError("num_speculative_tokens", f"{tokens} exceeds the drafter's block of {spec.block_size} tokens")
-    weights = load_draft_weights(folder, spec, decoder.dtype)
+    linear = LinearFactory()
     drafter = DSparkDrafter(
         spec,
-        drop_shared_with_target(weights, decoder.embedding, decoder.head_weight),
+        drop_shared_with_target(
+            load_draft_weights(folder, spec, decoder.dtype), decoder.embedding, decoder.head_weight
+        ),
         decoder.embedding,
-        decoder.logits,
-        LinearFactory(),
+        _target_head(spec, decoder, linear),
+        linear,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         verification=config.verification,
         noise=noise,
     )
-    return drafter, list(spec.temperatures)
+    return drafter, spec.temperatures or None
+
+
+def _target_head(spec: DraftSpec, decoder: Decoder, linear: LinearFactory) -> Callable[[Tensor], Tensor]:
+    """The target's head, over the ids that are drafted."""
+    if spec.draft_token_ids is None:
+        return decoder.logits
+    return linear(decoder.head_weight[list(spec.draft_token_ids)])

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from draft_checkpoints import TARGET_CONFIG, draft_config, random_tensors, write_draft_checkpoint
+import torch
+from draft_checkpoints import TARGET_CONFIG, draft_config, eagle3_config, random_tensors, write_draft_checkpoint
 from fakes import OpenEngine, RunningEngine, running
-from tiny_models import write_tiny_model
+from tiny_models import tiny_model, write_tiny_model
 
 from dspark.engine import EngineConfig
 from dspark.engine.models.spec import read_spec
@@ -33,15 +34,39 @@ def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def draft_checkpoint(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random drafter of 4-token blocks for the tiny target."""
-    spec = read_spec(tiny_target)
-    target = {
+    config = draft_config(_config_of(tiny_target), block_size=4, num_layers=1, target_layer_ids=(-1, 0))
+    return write_draft_checkpoint(tmp_path_factory.mktemp("draft"), config, random_tensors(config))
+
+
+@pytest.fixture(scope="session")
+def eagle3_checkpoint(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Eagle3 drafter of 4-token blocks for the tiny target."""
+    config = eagle3_config(_config_of(tiny_target), ttt_length=4, target_layer_ids=(0,))
+    return write_draft_checkpoint(tmp_path_factory.mktemp("eagle3"), config, random_tensors(config))
+
+
+@pytest.fixture(scope="session")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target with every weight slightly changed: it is right often, and wrong at every place of a block."""
+    model = tiny_model("LlamaForCausalLM")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("draft_model")
+    model.save_pretrained(folder)
+    return folder
+
+
+def _config_of(target: Path) -> dict[str, Any]:
+    """What a draft checkpoint's config takes over from the tiny target."""
+    spec = read_spec(target)
+    return {
         **TARGET_CONFIG,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "num_hidden_layers": spec.num_layers,
     }
-    config = draft_config(target, block_size=4, num_layers=1, target_layer_ids=(-1, 0))
-    return write_draft_checkpoint(tmp_path_factory.mktemp("draft"), config, random_tensors(config))
 
 
 @pytest.fixture(scope="module")

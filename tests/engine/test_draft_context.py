@@ -1,4 +1,7 @@
-"""The dspark drafter's context lives in the target's blocks: it is right wherever those are, and its drafts show it."""
+"""A drafter's context lives in the target's blocks: it is right wherever those are, and its drafts show it.
+
+dspark makes its context at every step, draft_model and eagle3 catch up when they are asked to draft.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ def record_drafts(engine: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> Dra
 
     def recorded(rows: Any) -> Any:
         draft = propose(rows)
-        drafts.update({(row.noise_key, row.position): t for row, t in zip(rows, draft.tokens, strict=True)})
+        for row, tokens, length in zip(rows, draft.tokens, draft.lengths, strict=True):
+            if length:
+                drafts[row.noise_key, row.position] = tokens
         return draft
 
     monkeypatch.setattr(drafter, "propose", recorded)
@@ -39,10 +44,17 @@ def assert_same_where_both_drafted(drafts: Drafts, expected: Drafts) -> None:
         assert drafts[place].tolist() == expected[place].tolist(), place
 
 
+@pytest.fixture(scope="module", params=["draft_checkpoint", "draft_model", "eagle3_checkpoint"])
+def drafter(request: pytest.FixtureRequest) -> str:
+    """Folder of each kind of drafter that has a context."""
+    folder: Path = request.getfixturevalue(request.param)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
-def cold(open_engine: OpenEngine, draft_checkpoint: Path) -> Drafts:
+def cold(open_engine: OpenEngine, drafter: str) -> Drafts:
     """Every request alone, nothing cached."""
-    engine = open_engine(drafter=str(draft_checkpoint), speculation="fixed")
+    engine = open_engine(drafter=drafter, lookup=False, speculation="fixed")
     with pytest.MonkeyPatch.context() as patch:
         drafts = record_drafts(engine, patch)
         engine.answer_one_at_a_time(REQUESTS)
@@ -50,9 +62,9 @@ def cold(open_engine: OpenEngine, draft_checkpoint: Path) -> Drafts:
 
 
 def test_drafts_after_a_prefix_hit_are_those_of_a_cold_start(
-    open_engine: OpenEngine, draft_checkpoint: Path, cold: Drafts, monkeypatch: pytest.MonkeyPatch
+    open_engine: OpenEngine, drafter: str, cold: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = open_engine(drafter=str(draft_checkpoint), speculation="fixed")
+    engine = open_engine(drafter=drafter, lookup=False, speculation="fixed")
     engine.answer_together(REQUESTS)
     drafts = record_drafts(engine, monkeypatch)
     assert all(answer.facts.cached_tokens == 32 for answer in engine.answer_one_at_a_time(REQUESTS))
@@ -60,10 +72,10 @@ def test_drafts_after_a_prefix_hit_are_those_of_a_cold_start(
 
 
 def test_drafts_after_plain_decoding_are_those_of_a_cold_start(
-    open_engine: OpenEngine, draft_checkpoint: Path, cold: Drafts, monkeypatch: pytest.MonkeyPatch
+    open_engine: OpenEngine, drafter: str, cold: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that were filled while nothing was drafted hold the drafter's context too."""
-    engine = open_engine(drafter=str(draft_checkpoint), speculation="off")
+    """Blocks that were filled while nothing was drafted hold the drafter's context too, or what it is made from."""
+    engine = open_engine(drafter=drafter, lookup=False, speculation="off")
     engine.answer_together(REQUESTS)
     engine.engine.controller.mode = "fixed"
     drafts = record_drafts(engine, monkeypatch)
@@ -72,11 +84,11 @@ def test_drafts_after_plain_decoding_are_those_of_a_cold_start(
 
 
 def test_drafts_in_a_crowd_with_preemption_and_chunks_are_those_of_a_cold_start(
-    open_engine: OpenEngine, draft_checkpoint: Path, cold: Drafts, monkeypatch: pytest.MonkeyPatch
+    open_engine: OpenEngine, drafter: str, cold: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a block of the drafter's context is as large as the target's, so this is a pool of 16
+    # a block of the drafter's context is as large as the target's (eagle3: half as large again), so this is a pool of 16
     engine = open_engine(
-        drafter=str(draft_checkpoint), speculation="fixed", num_blocks=32, max_num_seqs=8, max_num_batched_tokens=24
+        drafter=drafter, lookup=False, speculation="fixed", num_blocks=32, max_num_seqs=8, max_num_batched_tokens=24
     )
     drafts = record_drafts(engine, monkeypatch)
     engine.answer_together(REQUESTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -59,6 +60,7 @@ def _load(
         survival=survival.astype(np.float32),
         proposed=lengths,
         caps=lengths,
+        free=np.zeros(sequences, np.bool_),
         context_tokens=0,
         draft_room=MAX_ROWS - sequences - prefill_tokens if room is None else room,
         prefill_tokens=prefill_tokens,
@@ -239,7 +241,9 @@ def test_the_room_in_the_step_and_the_caps_are_respected() -> None:
     assert controller.allocate(_load(survival, room=5)).budget == 5
     assert controller.allocate(_load(survival, room=0)).budget == 0
     load = _load(survival)
-    capped = StepLoad(load.sequence_ids, load.survival, load.proposed, np.array([0, 2, 7, 9], np.int32), 0, 100)
+    capped = StepLoad(
+        load.sequence_ids, load.survival, load.proposed, np.array([0, 2, 7, 9], np.int32), load.free, 0, 100
+    )
     assert controller.allocate(capped).budget == 16
 
 
@@ -503,7 +507,18 @@ def test_a_step_of_prompts_alone_is_allocated_too() -> None:
     controller = controller_profiled_on(TABLE["zen4_cpu"])
     nothing = np.zeros((0, BLOCK), np.float32)
     no_drafts = np.zeros(0, np.int32)
-    load = StepLoad([], nothing, no_drafts, no_drafts, 0, 400, prefill_tokens=100, prefill_ending=2, waiting_requests=2)
+    load = StepLoad(
+        [],
+        nothing,
+        no_drafts,
+        no_drafts,
+        no_drafts > 0,
+        0,
+        400,
+        prefill_tokens=100,
+        prefill_ending=2,
+        waiting_requests=2,
+    )
     allocation = controller.allocate(load)
     assert allocation.budget == 0
     assert allocation.draft_new
@@ -516,7 +531,7 @@ def test_a_drafter_that_proposes_nothing_most_of_the_time_is_handled() -> None:
     survival = np.cumprod(np.full((3, BLOCK), 0.9), axis=1).astype(np.float32)
     proposed = np.array([0, 3, 0], np.int32)
     survival[np.arange(BLOCK) >= proposed[:, None]] = 0.0
-    load = StepLoad([0, 1, 2], survival, proposed, np.full(3, BLOCK, np.int32), 0, 100)
+    load = StepLoad([0, 1, 2], survival, proposed, np.full(3, BLOCK, np.int32), np.zeros(3, np.bool_), 0, 100)
     for _ in range(50):
         allocation = controller.allocate(load)
     assert allocation.budget == 3
@@ -560,3 +575,29 @@ def test_the_fill_takes_the_highest_survivals_as_prefixes_within_budget_and_caps
 def test_a_larger_budget_never_shortens_a_sequence(case: tuple[np.ndarray, np.ndarray, int]) -> None:
     survival, caps, budget = case
     assert (fill_budget(survival, caps, budget + 1) >= fill_budget(survival, caps, budget)).all()
+
+
+# ---- drafts that cost nothing
+
+
+def test_free_drafts_are_verified_where_they_pay() -> None:
+    blocks = np.tile(0.95 ** np.arange(1, BLOCK + 1), (4, 1))
+    allocation = controller_profiled_on(TABLE["amx_cpu"]).allocate(replace(_load(blocks), free=np.ones(4, np.bool_)))
+    assert allocation.budget == 4 * BLOCK
+    assert allocation.draft_free
+
+
+def test_free_drafts_say_nothing_about_the_drafter() -> None:
+    """Blocks for which no drafter was run leave the price of a second as it was; those of the drafter change it."""
+    poor = _load(np.full((4, BLOCK), 1e-3))
+    for free in (True, False):
+        controller = controller_profiled_on(TABLE["amx_cpu"])
+        load = replace(poor, free=np.full(4, free))
+        prices = [controller.allocate(load).price for _ in range(100)]
+        assert (prices[-1] == prices[0]) == free
+
+
+def test_nothing_is_taken_for_free_when_speculation_is_off() -> None:
+    controller = controller_profiled_on(TABLE["amx_cpu"])
+    controller.mode = "off"
+    assert not controller.allocate(_load(_blocks(2, 0))).draft_free

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +129,10 @@ def test_same_tokens_with_preemption_and_chunked_prefill(
     assert_speculation_was_exercised(engine, answers, policy)
 
 
+BLOCK_SIZES = {"lookup": 1.0, "dspark": 2.0, "draft_model": 2.0, "eagle3": 2.5}
+"""Bytes of a K/V block with the drafter's context, in blocks of the target alone."""
+
+
 @pytest.mark.parametrize(
     ("drafter", "policy", "cramped"),
     [
@@ -139,27 +142,42 @@ def test_same_tokens_with_preemption_and_chunked_prefill(
         ("dspark", "fixed", True),
         ("dspark", "adaptive", False),
         ("dspark", "any lengths", True),
+        ("draft_model", "fixed", True),
+        ("draft_model", "adaptive", False),
+        ("draft_model", "any lengths", True),
+        ("eagle3", "fixed", True),
+        ("eagle3", "adaptive", False),
+        ("eagle3", "any lengths", True),
+        ("dspark+lookup", "adaptive", True),
+        ("draft_model+lookup", "any lengths", True),
+        ("eagle3+lookup", "fixed", False),
     ],
 )
 def test_same_tokens_with_real_drafters(
     reference: Reference,
     open_engine: OpenEngine,
-    draft_checkpoint: Path,
+    request: pytest.FixtureRequest,
     drafter: str,
     policy: str,
     cramped: bool,
 ) -> None:
-    options: dict[str, Any] = {"drafter": "lookup" if drafter == "lookup" else str(draft_checkpoint)}
+    folders = {"dspark": "draft_checkpoint", "eagle3": "eagle3_checkpoint", "draft_model": "draft_model"}
+    kind, _, beside = drafter.partition("+")
+    name = str(request.getfixturevalue(folders[kind])) if kind in folders else kind
+    options: dict[str, Any] = {"drafter": name, "lookup": beside == "lookup"}
     if cramped:
-        # a block of the dspark drafter's context is as large as the target's
-        options |= {**CRAMPED, "num_blocks": 16 if drafter == "lookup" else 32}
+        options |= {**CRAMPED, "num_blocks": int(16 * BLOCK_SIZES[kind])}
     engine = open_engine(dtype=reference.dtype, **options, **POLICIES[policy])
     requests = reference.requests[:30]
+    answers = []
     for _ in range(2):
-        reference.assert_equal(engine.answer_together(requests))
+        answers = engine.answer_together(requests)
+        reference.assert_equal(answers)
     sums = totals(engine.steps)
     assert sums["rejected_mismatch"] > 0
-    assert sums["accepted"] > 0 or (drafter, policy) == ("dspark", "adaptive"), (
-        "a random drafter soon stops being asked"
-    )
+    random = drafter in ("dspark", "eagle3")
+    assert sums["accepted"] > 0 or (random and policy == "adaptive"), "a random drafter soon stops being asked"
     assert (sums["preemptions"] > 0) == cramped
+    if drafter == "draft_model" and policy != "adaptive":
+        seen = {delta.accepted_drafts for answer in answers for delta in answer.deltas}
+        assert seen == set(range(engine.parts.runner.drafter.block_size + 1))

@@ -1,4 +1,4 @@
-"""Rejection mode end to end: a real engine, a random dspark drafter, fixed draft lengths."""
+"""Rejection mode end to end: a real engine, a random drafter of each kind that has probabilities, fixed draft lengths."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ def small_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def small_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["dspark", "draft_model"])
+def small_draft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "draft_model":
+        folder = tmp_path_factory.mktemp("small") / "model"
+        tiny_model("LlamaForCausalLM", seed=1, vocab_size=VOCAB_SIZE).save_pretrained(folder)
+        return folder
     target = {**TARGET_CONFIG, "vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2}
     config = draft_config(target, block_size=4, num_layers=1, target_layer_ids=(-1, 0))
     return write_draft_checkpoint(tmp_path_factory.mktemp("small") / "draft", config, random_tensors(config))

@@ -117,11 +117,64 @@ def draft_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def eagle3_config(
+    target: dict[str, Any] = TARGET_CONFIG,
+    *,
+    ttt_length: int = 5,
+    target_layer_ids: tuple[int, ...] = (0, 2, 4),
+    **overrides: Any,
+) -> dict[str, Any]:
+    """The target's config with the keys of DeepSpec's Eagle3."""
+    return {
+        **target,
+        "architectures": ["Qwen3Eagle3Model"],
+        "num_hidden_layers": 1,
+        "draft_num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "tie_word_embeddings": False,
+        "num_target_layers": target["num_hidden_layers"],
+        "target_layer_ids": list(target_layer_ids),
+        "ttt_length": ttt_length,
+        "step_loss_decay": 0.8,
+        "target_model_name_or_path": "tiny",
+        **overrides,
+    }
+
+
+def eagle3_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an Eagle3 checkpoint and its shape."""
+    d, f, v, e = config["hidden_size"], config["intermediate_size"], config["vocab_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * e, config["num_key_value_heads"] * e
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (v, d),
+        "lm_head.weight": (v, d),
+        "fc.weight": (d, len(config["target_layer_ids"]) * d),
+        "norm.weight": (d,),
+        "layers.0.hidden_norm.weight": (d,),
+        "layers.0.input_layernorm.weight": (d,),
+        "layers.0.post_attention_layernorm.weight": (d,),
+        "layers.0.self_attn.q_proj.weight": (q, 2 * d),
+        "layers.0.self_attn.k_proj.weight": (kv, 2 * d),
+        "layers.0.self_attn.v_proj.weight": (kv, 2 * d),
+        "layers.0.self_attn.o_proj.weight": (d, q),
+        "layers.0.self_attn.q_norm.weight": (e,),
+        "layers.0.self_attn.k_norm.weight": (e,),
+        "layers.0.mlp.gate_proj.weight": (f, d),
+        "layers.0.mlp.up_proj.weight": (f, d),
+        "layers.0.mlp.down_proj.weight": (d, f),
+    }
+    if config["attention_bias"]:
+        shapes |= {f"layers.0.self_attn.{name}_proj.bias": (q if name == "q" else kv,) for name in "qkv"}
+        shapes["layers.0.self_attn.o_proj.bias"] = (d,)
+    return shapes
+
+
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """bfloat16, scaled so that every part of the network moves the logits: norms near 1, the rest by fan-in."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in draft_shapes(config).items():
+    shapes = eagle3_shapes(config) if "ttt_length" in config else draft_shapes(config)
+    for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
         if "norm" in name:
             values = 1 + 0.2 * values

@@ -189,6 +189,8 @@ class OracleDrafter:
     """
 
     name = "oracle"
+    sources = (name,)
+    proposes_free = False
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, block_size: int, vocab_size: int, error_rate: float = 0.15) -> None:

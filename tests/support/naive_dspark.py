@@ -27,10 +27,14 @@ class NaiveDraft:
 
 
 class NaiveDSpark:
-    """`config` and `tensors` are the checkpoint's; embedding and head are read from it too."""
+    """`config` and `tensors` are the checkpoint's; embedding and head are read from it too. `ids`: those that are drafted."""
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], ids: list[int] | None = None) -> None:
         self.config = config
+        self.never = torch.zeros(config["vocab_size"])
+        if ids is not None:
+            self.never[:] = -math.inf
+            self.never[ids] = 0.0
         self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
         rope = {key: config[key] for key in ("rope_parameters", "max_position_embeddings") if key in config}
         self.rotary = Qwen3RotaryEmbedding(
@@ -92,6 +96,7 @@ class NaiveDSpark:
             if self.config["markov_rank"] > 0:
                 bias, state = self.markov_bias(previous, h, state)
                 z = z + bias
+            z = z + self.never
             confidence.append(self.confidence(previous, h))
             perturbed = z if temperature < 1e-5 else z / temperature
             if noise is not None and temperature >= 1e-5:

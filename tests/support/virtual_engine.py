@@ -219,6 +219,7 @@ class VirtualEngine:
                 survival=survival,
                 proposed=proposed,
                 caps=caps,
+                free=np.zeros(len(decoding), np.bool_),
                 context_tokens=0,
                 draft_room=room,
                 prefill_tokens=prefill,
@@ -257,6 +258,8 @@ class VirtualEngine:
                     survival=survival,
                     confidence=confidence,
                     sampled=sampled,
+                    source=np.zeros(len(sampled), np.int8),
+                    free=np.zeros(len(sampled), np.bool_),
                     proposed=proposed,
                     verified=lengths.astype(np.int32),
                     accepted=accepted.astype(np.int32),
@@ -308,7 +311,19 @@ class SteadyBatch:
         proposed = np.array([BLOCK if self.has_block.get(i, False) else 0 for i in ids], np.int32)
         survival = self.controller.calibration.survival(confidence, sampled) * (proposed[:, None] > 0)
         allocation = self.controller.allocate(
-            StepLoad(ids, survival, proposed, proposed, 0, MAX_ROWS - len(ids), 0, 0, queue_tokens, waiting)
+            StepLoad(
+                ids,
+                survival,
+                proposed,
+                proposed,
+                np.zeros(len(ids), np.bool_),
+                0,
+                MAX_ROWS - len(ids),
+                0,
+                0,
+                queue_tokens,
+                waiting,
+            )
         )
         lengths = fill_budget(survival, proposed, allocation.budget)
         self.has_block = dict(zip(ids, allocation.draft_next.tolist(), strict=True))
@@ -325,6 +340,8 @@ class SteadyBatch:
                 survival=survival,
                 confidence=confidence,
                 sampled=sampled,
+                source=np.zeros(len(sampled), np.int8),
+                free=np.zeros(len(sampled), np.bool_),
                 proposed=proposed,
                 verified=lengths,
                 accepted=np.minimum(run, lengths).astype(np.int32),

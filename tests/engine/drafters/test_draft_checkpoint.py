@@ -93,9 +93,23 @@ def test_rope_scaling_is_read_in_every_spelling(tmp_path: Path, written: dict[st
     assert (rope.kind, rope.theta, rope.factor, rope.original_max_position) == ("yarn", 5e5, 4.0, 128)
 
 
-def test_stored_sequential_temperatures_are_read_from_our_own_file(tmp_path: Path) -> None:
-    (tmp_path / "dspark.json").write_text('{"temperatures": [1, 1.5, 2.0, 0.5, 1.0]}')
-    assert read_draft_spec(write_config(tmp_path, draft_config())).temperatures == (1.0, 1.5, 2.0, 0.5, 1.0)
+def test_temperatures_and_the_ids_that_are_drafted_are_read_from_our_own_file(tmp_path: Path) -> None:
+    (tmp_path / "dspark.json").write_text('{"temperatures": [1, 1.5, 2.0, 0.5, 1.0], "draft_token_ids": [0, 5, 96]}')
+    spec = read_draft_spec(write_config(tmp_path, draft_config()))
+    assert spec.temperatures == ((1.0, 1.5, 2.0, 0.5, 1.0),) * 2
+    assert spec.draft_token_ids == (0, 5, 96)
+
+
+def test_greedy_and_sampled_may_have_temperatures_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "dspark.json").write_text('{"temperatures": {"sampled": [5, 4, 3, 2, 1], "greedy": [1, 2, 3, 4, 5]}}')
+    spec = read_draft_spec(write_config(tmp_path, draft_config()))
+    assert spec.temperatures == ((1.0, 2.0, 3.0, 4.0, 5.0), (5.0, 4.0, 3.0, 2.0, 1.0))
+
+
+def test_without_our_own_file_all_ids_are_drafted(tmp_path: Path) -> None:
+    spec = read_draft_spec(write_config(tmp_path, draft_config()))
+    assert spec.temperatures == ()
+    assert spec.draft_token_ids is None
 
 
 @pytest.mark.parametrize("markov", ["vanilla", "gated", "rnn", None])
@@ -269,8 +283,15 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
         ({"temperatures": [1.0, 1.0]}, "it must be 5"),
         ({"temperatures": [1.0, 1.0, 0.0, 1.0, 1.0]}, "positive numbers"),
         ({"temperatures": [1.0, 1.0, True, 1.0, 1.0]}, "positive numbers"),
-        ({}, "temperatures is None"),
-        ({"temperatures": [1.0] * 5, "draft_token_ids": [1, 2]}, "unknown keys draft_token_ids"),
+        ({"temperatures": None}, "it must be 5"),
+        ({"temperatures": {"greedy": [1.0] * 5}}, "each under greedy and sampled"),
+        ({"temperatures": {"greedy": [1.0] * 5, "sampled": [1.0] * 4}}, "it must be 5"),
+        ({"temperatures": [1.0] * 5, "draft_ids": [1, 2]}, "unknown keys draft_ids"),
+        ({"draft_token_ids": []}, "not empty"),
+        ({"draft_token_ids": [4, 4]}, "strictly increasing"),
+        ({"draft_token_ids": [-1, 4]}, "below 97"),
+        ({"draft_token_ids": [4, 97]}, "below 97"),
+        ({"draft_token_ids": [True, 97]}, "draft_token_ids must be a list"),
     ],
 )
 def test_a_bad_calibration_file_is_refused(tmp_path: Path, content: dict[str, Any], said: str) -> None:

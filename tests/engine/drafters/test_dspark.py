@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,14 @@ def open_bench(
     own_embeddings: bool = False,
     noise: Noise | None = None,
     seed: int = 0,
+    ids: list[int] | None = None,
     **options: Any,
 ) -> Bench:
     config = draft_config(**options)
     tensors = random_tensors(config, seed)
     write_draft_checkpoint(folder, config, tensors)
+    if ids is not None:
+        (folder / "dspark.json").write_text(json.dumps({"draft_token_ids": ids}))
     spec = read_draft_spec(folder)
     embedding, head = tensors["embed_tokens.weight"].to(dtype), tensors["lm_head.weight"].to(dtype)
     if own_embeddings:
@@ -140,7 +144,7 @@ def open_bench(
         spec,
         drop_shared_with_target(load_draft_weights(folder, spec, dtype), embedding, head),
         embedding,
-        lambda hidden: hidden @ head.T,
+        lambda hidden: hidden @ (head if ids is None else head[ids]).T,
         LinearFactory(),
         max_num_seqs=4,
         max_model_len=MAX_MODEL_LEN,
@@ -150,7 +154,7 @@ def open_bench(
     drafter.allocate_context(NUM_BLOCKS, KV_BLOCK_SIZE)
     generator = torch.Generator().manual_seed(seed)
     free_blocks = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
-    return Bench(config, drafter, NaiveDSpark(config, tensors), generator, free_blocks, noise_calls)
+    return Bench(config, drafter, NaiveDSpark(config, tensors, ids), generator, free_blocks, noise_calls)
 
 
 def assert_equals_naive(bench: Bench, draft: Draft, *sequences: Sequence) -> None:
@@ -192,6 +196,26 @@ def test_logits_equal_the_formulae_and_drafts_are_drawn_from_the_returned_probab
     assert draft.probs.dtype == torch.float32
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(draft.tokens[2]), bench.config["vocab_size"]).float()
     torch.testing.assert_close(draft.probs[2], one_hot, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("own_embeddings", [False, True], ids=["the target's head", "a head of its own"])
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+@pytest.mark.parametrize("markov", ["vanilla", "gated", "rnn", None])
+def test_a_reduced_head_drafts_as_if_all_other_ids_were_impossible(
+    tmp_path: Path, markov: str | None, verification: str, own_embeddings: bool
+) -> None:
+    bench = open_bench(
+        tmp_path,
+        ids=list(range(3, 90, 5)),
+        markov=markov,
+        verification=verification,
+        own_embeddings=own_embeddings,
+    )
+    sampled, greedy = bench.sequence(20, temperature=1.3, key=1), bench.sequence(33)
+    bench.prefill(sampled, greedy)
+    draft = bench.propose(sampled, greedy)
+    assert_equals_naive(bench, draft, sampled, greedy)
+    assert (draft.probs is None) == (verification == "coupled")
 
 
 def test_drafts_drawn_with_the_real_noise_are_distributed_as_the_returned_probabilities(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def proposal(drafter: LookupDrafter, tokens: list[int], sequence_id: int = 1) ->
 
 
 def brute_force(tokens: list[int]) -> tuple[list[int], int]:
-    """Proposal and match length, by searching the whole text for its last 3, 2, 1 tokens."""
-    for n in (3, 2, 1):
+    """Proposal and match length, by searching the whole text for its last 5, 4, … 1 tokens."""
+    for n in (5, 4, 3, 2, 1):
         if n > len(tokens):
             continue
         for end in range(len(tokens) - 2, n - 2, -1):
@@ -71,7 +71,8 @@ def test_nothing_is_proposed_where_the_last_token_is_new(drafter: LookupDrafter,
 
 
 def test_confidence_grows_with_the_length_of_the_match(drafter: LookupDrafter) -> None:
-    draft = drafter.propose([row([1, 2, 1], 1), row([1, 2, 3, 1, 2], 2), row([1, 2, 3, 1, 2, 3], 3)])
+    phrase = [1, 2, 3, 4, 5, 6]
+    draft = drafter.propose([row([9, *phrase, 0, *phrase[6 - n :]], n) for n in (1, 2, 3, 4, 5)])
     expected = np.repeat(np.float32(LOG_ODDS_BY_MATCH)[:, None], BLOCK_SIZE, axis=1)
     np.testing.assert_array_equal(draft.confidence, expected)
     assert list(LOG_ODDS_BY_MATCH) == sorted(LOG_ODDS_BY_MATCH)
