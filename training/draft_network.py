@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dspark.engine.drafters.draft_checkpoint import DraftSpec
+from dspark.engine.drafters.eagle3_checkpoint import Eagle3Spec
 from dspark.engine.models.rope import rope_tables
 
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, spec: DraftSpec) -> None:
+    def __init__(self, spec: DraftSpec | Eagle3Spec) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
         self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
@@ -144,11 +145,16 @@ class ConfidenceHead(nn.Module):
 class DraftNetwork(nn.Module):
     """Backbone, Markov head and confidence head; embedding [V, d] and head [V, d] are the target's, frozen, passed in."""
 
+    _embedding: Tensor
+    _cos: Tensor
+    _sin: Tensor
+
     def __init__(self, spec: DraftSpec, embedding: Tensor, max_len: int) -> None:
         super().__init__()
         self.spec = spec
-        self._embedding = embedding
-        self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_len + spec.block_size)
+        cos, sin = rope_tables(spec.rope, spec.head_dim, max_len + spec.block_size)
+        for name, table in (("_embedding", embedding), ("_cos", cos), ("_sin", sin)):
+            self.register_buffer(name, table, persistent=False)  # moves with the module, stays out of the checkpoint
         self.fc = nn.Linear(len(spec.target_layer_ids) * spec.hidden_size, spec.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
@@ -162,12 +168,12 @@ class DraftNetwork(nn.Module):
         """features: [S, T, m·d]; tokens: [S, T] ids; anchors: [S, A] positions → final-normed slots [S, A, B, d]."""
         spec = self.spec
         context = self.hidden_norm(self.fc(features))
-        slots = anchors[..., None] + torch.arange(spec.block_size)
+        slots = anchors[..., None] + torch.arange(spec.block_size, device=anchors.device)
         ids = torch.full_like(slots, spec.mask_token_id)
         ids[..., 0] = tokens.gather(1, anchors)
         x = F.embedding(ids, self._embedding).to(context.dtype)
         rope = Rope(self._cos, self._sin, context.shape[1], slots)
-        visible = torch.arange(context.shape[1]) < anchors[..., None]
+        visible = torch.arange(context.shape[1], device=anchors.device) < anchors[..., None]
         for layer in self.layers:
             x = layer(x, context, rope, visible)
         return self.norm(x)
@@ -178,13 +184,30 @@ class DraftNetwork(nn.Module):
         (None: all) → z [..., B, v], fp32."""
         scores = F.linear(hidden, head).float()
         if self.spec.markov:
-            low_rank = self.markov_head(self.markov_head.markov_w1(previous_ids), hidden)
             w2 = self.markov_head.markov_w2.weight
-            scores = scores + F.linear(low_rank, w2 if rows is None else w2[rows]).float()
+            scores = scores + F.linear(self.low_rank(hidden, previous_ids), w2 if rows is None else w2[rows]).float()
         return scores
 
-    def confidence(self, hidden: Tensor, previous_ids: Tensor) -> Tensor:
-        """→ log-odds [..., B] fp32 that each slot's token is accepted when all before it were."""
+    def low_rank(self, hidden: Tensor, previous_ids: Tensor) -> Tensor:
+        """What the Markov bias is made of by W2: [..., B, d], [..., B] ids → [..., B, r]."""
+        return self.markov_head(self.markov_head.markov_w1(previous_ids), hidden)
+
+    def markov_factors(
+        self, hidden: Tensor, previous_ids: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """hidden: [N·B, d] of whole blocks; previous_ids: [N·B] → [N·B, r] and W2 of the ids `rows` [v, r], whose product is
+
+        the Markov bias; None both without a Markov head."""
+        if not self.spec.markov:
+            return None, None
+        blocks = hidden.view(-1, self.spec.block_size, hidden.shape[-1])
+        low_rank = self.low_rank(blocks, previous_ids.view(blocks.shape[:2]))
+        return low_rank.flatten(0, 1), self.markov_head.markov_w2.weight[rows]
+
+    def confidence(self, hidden: Tensor, previous_ids: Tensor) -> Tensor | None:
+        """→ log-odds [..., B] fp32 that each slot's token is accepted when all before it were; None without the head."""
+        if not self.spec.confidence_head:
+            return None
         inputs = hidden
         if self.spec.confidence_with_markov:
             inputs = torch.cat((hidden, self.markov_head.markov_w1(previous_ids)), dim=-1)

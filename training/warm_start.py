@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dspark.training.draft_network import DraftNetwork
 
@@ -32,34 +33,32 @@ def warm_start(network: DraftNetwork, target: Mapping[str, Tensor], states: Tens
     """`target`: the target's weights by Hugging Face's names. states: [n, d], some outputs of the last captured layer."""
     spec = network.spec
     random_start(network)
+    own = dict(network.named_parameters())
     first = spec.num_target_layers - spec.num_layers
     with torch.no_grad():
-        for index, layer in enumerate(network.layers):
-            prefix = f"model.layers.{first + index}."
+        for index in range(spec.num_layers):
+            to, source = f"layers.{index}.", f"model.layers.{first + index}."
             for name in _COPIED:
-                layer.get_submodule(name).weight.copy_(target[f"{prefix}{name}.weight"])
-            for name in "qkv":
-                layer.self_attn.get_submodule(f"{name}_proj").weight.mul_(target[f"{prefix}input_layernorm.weight"])
-            for norm in ("q_norm", "k_norm"):
-                own = target.get(f"{prefix}self_attn.{norm}.weight")
-                if own is not None:
-                    layer.self_attn.get_submodule(norm).weight.copy_(own)
-                else:
-                    projection = layer.self_attn.get_submodule(f"{norm[0]}_proj")
-                    heads = projection(layer.input_layernorm(states.float())).unflatten(-1, (-1, spec.head_dim))
-                    layer.self_attn.get_submodule(norm).weight.copy_(heads.pow(2).mean((0, 1)).sqrt())
-        network.fc.weight.zero_()
-        network.fc.weight[:, -spec.hidden_size :] = torch.eye(spec.hidden_size)
-        network.norm.weight.copy_(target["model.norm.weight"])
+                own[f"{to}{name}.weight"].copy_(target[f"{source}{name}.weight"])
+            for letter in "qkv":
+                own[f"{to}self_attn.{letter}_proj.weight"].mul_(target[f"{source}input_layernorm.weight"])
+            normed = F.rms_norm(states.float(), (spec.hidden_size,), eps=spec.rms_norm_eps)
+            for letter in "qk":
+                name = f"self_attn.{letter}_norm.weight"
+                heads = (normed @ own[f"{to}self_attn.{letter}_proj.weight"].T).view(len(normed), -1, spec.head_dim)
+                own[f"{to}{name}"].copy_(target.get(f"{source}{name}", heads.pow(2).mean((0, 1)).sqrt()))
+        own["fc.weight"].zero_()
+        own["fc.weight"][:, -spec.hidden_size :] = torch.eye(spec.hidden_size)
+        own["norm.weight"].copy_(target["model.norm.weight"])
         if spec.markov:
             embedding = target["model.embed_tokens.weight"].float()
             _, _, directions = torch.pca_lowrank(embedding, q=spec.markov_rank, niter=4)
             components = (embedding - embedding.mean(0)) @ directions
-            network.markov_head.markov_w1.weight.copy_(components / components.std())
-            network.markov_head.markov_w2.weight.zero_()
+            own["markov_head.markov_w1.weight"].copy_(components / components.std())
+            own["markov_head.markov_w2.weight"].zero_()
 
 
-def random_start(network: DraftNetwork) -> None:
+def random_start(network: nn.Module) -> None:
     """DeepSpec's: weights N(0, 0.02), biases 0, norms 1."""
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
