@@ -49,3 +49,9 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -
     (entry_points,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     assert "dspark = dspark.server.cli:main" in wheel.read(entry_points).decode()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_the_wheel_carries_the_drafter_of_the_default_model(wheel: zipfile.ZipFile) -> None:
+    folder = "dspark/engine/drafters/smollm2_135m/"
+    shipped = {name.removeprefix(folder) for name in wheel.namelist() if name.startswith(folder)}
+    assert shipped == {"README.md", "config.json", "dspark.json", "model.safetensors"}

@@ -103,5 +103,11 @@ def _extras(spec: DraftSpec | Eagle3Spec, target_name: str) -> dict[str, object]
     if isinstance(spec, Eagle3Spec):
         return {}
     temperatures = dict(zip(("greedy", "sampled"), spec.temperatures, strict=True)) if spec.temperatures else None
-    extras = {"target": target_name, "temperatures": temperatures, "draft_token_ids": spec.draft_token_ids}
+    extras: dict[str, object] = {
+        "target": target_name,
+        "temperatures": temperatures,
+        "draft_token_ids": spec.draft_token_ids,
+    }
+    if spec.sampling_scale != 1.0:
+        extras["sampling_scale"] = spec.sampling_scale
     return {key: value for key, value in extras.items() if value}

@@ -59,6 +59,7 @@ class DraftExtras:
     target: str | None = None
     temperatures: tuple[tuple[float, ...], ...] = ()
     draft_token_ids: tuple[int, ...] | None = None
+    sampling_scale: float = 1.0
 
     @classmethod
     def read(cls, path: Path, block_size: int, vocab_size: int) -> DraftExtras:
@@ -78,7 +79,10 @@ class DraftExtras:
         temperatures = (
             _read_temperatures(path.name, content["temperatures"], block_size) if "temperatures" in content else ()
         )
-        return cls(content.get("target"), temperatures, None if ids is None else tuple(ids))
+        scale = content.get("sampling_scale", 1.0)
+        if not is_positive(scale):
+            raise drafter_error(f"{path.name}: sampling_scale is {scale!r}; it must be a positive number")
+        return cls(content.get("target"), temperatures, None if ids is None else tuple(ids), float(scale))
 
 
 def shipped_target(path: Path) -> str | None:
@@ -117,6 +121,8 @@ class DraftSpec:
     markov: None with `markov_rank` 0.
     temperatures: two of [γ], greedy and sampled, or empty; log-odds of slot k are divided by the k-th (STS).
     draft_token_ids: the ids that are drafted, strictly increasing; None: all.
+    sampling_scale: drafts of a sampled request are drawn at its temperature times this. A drafter's distribution is a mean
+    over what it does not know, flatter than the target's; a little sharper, its draws meet the target's more often.
     """
 
     vocab_size: int
@@ -139,6 +145,7 @@ class DraftSpec:
     confidence_with_markov: bool
     temperatures: tuple[tuple[float, ...], ...] = ()
     draft_token_ids: tuple[int, ...] | None = None
+    sampling_scale: float = 1.0
 
 
 def read_draft_spec(folder: Path) -> DraftSpec:
@@ -181,6 +188,7 @@ def read_draft_spec(folder: Path) -> DraftSpec:
         confidence_with_markov=with_markov,
         temperatures=extras.temperatures,
         draft_token_ids=extras.draft_token_ids,
+        sampling_scale=extras.sampling_scale,
     )
 
 

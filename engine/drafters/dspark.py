@@ -276,7 +276,8 @@ class DSparkDrafter:
         Returns the tokens [B, γ] and, in rejection mode, the distributions they were drawn from [B, γ, V].
         """
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
-        temperatures = torch.tensor([[rows[i].temperature] for i in sampled], device=logits.device)
+        scale = self._spec.sampling_scale
+        temperatures = torch.tensor([[rows[i].temperature * scale] for i in sampled], device=logits.device)
         noise = self._block_noise([rows[i] for i in sampled]) if sampled else None
         tokens: list[Tensor] = []
         distributions: list[Tensor] = []

@@ -288,6 +288,7 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
         ({"temperatures": {"greedy": [1.0] * 5, "sampled": [1.0] * 4}}, "it must be 5"),
         ({"temperatures": [1.0] * 5, "draft_ids": [1, 2]}, "unknown keys draft_ids"),
         ({"draft_token_ids": []}, "not empty"),
+        ({"sampling_scale": 0}, "sampling_scale is 0; it must be a positive number"),
         ({"draft_token_ids": [4, 4]}, "strictly increasing"),
         ({"draft_token_ids": [-1, 4]}, "below 97"),
         ({"draft_token_ids": [4, 97]}, "below 97"),

@@ -122,13 +122,15 @@ def open_bench(
     noise: Noise | None = None,
     seed: int = 0,
     ids: list[int] | None = None,
+    extras: dict[str, Any] | None = None,
     **options: Any,
 ) -> Bench:
     config = draft_config(**options)
     tensors = random_tensors(config, seed)
     write_draft_checkpoint(folder, config, tensors)
-    if ids is not None:
-        (folder / "dspark.json").write_text(json.dumps({"draft_token_ids": ids}))
+    extras = {**(extras or {}), **({} if ids is None else {"draft_token_ids": ids})}
+    if extras:
+        (folder / "dspark.json").write_text(json.dumps(extras))
     spec = read_draft_spec(folder)
     embedding, head = tensors["embed_tokens.weight"].to(dtype), tensors["lm_head.weight"].to(dtype)
     if own_embeddings:
@@ -196,6 +198,15 @@ def test_logits_equal_the_formulae_and_drafts_are_drawn_from_the_returned_probab
     assert draft.probs.dtype == torch.float32
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(draft.tokens[2]), bench.config["vocab_size"]).float()
     torch.testing.assert_close(draft.probs[2], one_hot, rtol=0, atol=0)
+
+
+def test_sampled_drafts_are_drawn_at_the_scaled_temperature_and_greedy_ones_as_ever(tmp_path: Path) -> None:
+    bench = open_bench(tmp_path, verification="rejection", extras={"sampling_scale": 0.8})
+    sampled, greedy = bench.sequence(20, temperature=1.5, key=1), bench.sequence(33)
+    bench.prefill(sampled, greedy)
+    draft = bench.propose(sampled, greedy)
+    sampled.temperature *= 0.8
+    assert_equals_naive(bench, draft, sampled, greedy)
 
 
 @pytest.mark.parametrize("own_embeddings", [False, True], ids=["the target's head", "a head of its own"])
