@@ -1,6 +1,7 @@
 """What a step costs: measured once on a ladder of sizes, then kept true while the engine runs.
 
-    verify_s(rows, context) = drift * (curve(rows) * residual(rows) + per_context_token * context)
+    verify_s(rows, context) = drift * (curve(rows) * residual(rows) + per_context_token * context
+                                       + per_draft_context_token * context of the draft rows)
     draft_s(sequences)      = drift * curve(sequences) * residual(sequences)
     host_s(sequences)       = running mean of what a step took outside both
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 DRIFT_RATE = 0.2
 DRIFT_LIMITS = (0.02, 50.0)
 OUTLIER_WINDOW = 5
@@ -47,6 +48,8 @@ FIRST_TILE = 8
 
 class PassTimer(Protocol):
     """Runs real passes of given sizes and returns how long each took."""
+
+    rows_per_sequence: int
 
     def verify_s(self, rows: int, context_tokens: int) -> float:
         """Seconds of one target pass over `rows` rows reading `context_tokens` K/V entries, sampling included."""
@@ -133,11 +136,22 @@ class SizeCurve:
 class CostModel:
     """Predicts step times; see the module's docstring for the formula."""
 
-    def __init__(self, verify: SizeCurve, draft: SizeCurve, context_s: float = 0.0, host_s: float = 0.0) -> None:
-        """context_s: seconds per K/V entry that attention reads; host_s: first guess of a step's time outside both passes."""
+    def __init__(
+        self,
+        verify: SizeCurve,
+        draft: SizeCurve,
+        context_s: float = 0.0,
+        host_s: float = 0.0,
+        draft_context_s: float = 0.0,
+    ) -> None:
+        """context_s: seconds per K/V entry that attention reads; draft_context_s: the same for each further row of a sequence.
+
+        host_s: first guess of a step's time outside both passes.
+        """
         self._verify = verify
         self._draft = draft
         self._context_s = context_s
+        self._draft_context_s = draft_context_s
         self._host: dict[int, float] = {}
         self._first_host_s = host_s
         self.drift = 1.0
@@ -157,19 +171,29 @@ class CostModel:
         """
         rows, verify_s = _climb(lambda size: measure.verify_s(size, 0), max_rows, budget_s)
         sequences, draft_s = _climb(measure.draft_s, max_sequences, budget_s / 2)
-        context_s = 0.0
+        context_s = draft_context_s = 0.0
         if context_tokens:
-            with_context = statistics.median(measure.verify_s(1, context_tokens) for _ in range(3))
-            context_s = max(0.0, with_context - verify_s[0]) / context_tokens
-        return cls(SizeCurve(rows, verify_s), SizeCurve(sequences, draft_s), context_s)
+            block = measure.rows_per_sequence
+            first, whole = (
+                statistics.median(measure.verify_s(size, context_tokens) - measure.verify_s(size, 0) for _ in range(5))
+                for size in (1, block)
+            )
+            context_s = max(0.0, first) / context_tokens
+            draft_context_s = max(0.0, whole - first) / (context_tokens * (block - 1))
+        return cls(SizeCurve(rows, verify_s), SizeCurve(sequences, draft_s), context_s, draft_context_s=draft_context_s)
 
     @property
     def max_rows(self) -> int:
         return self._verify.dense.size - 1
 
-    def verify_curve(self, context_tokens: int) -> NDArray[np.float64]:
-        """[max_rows + 1] float64, predicted seconds of a target pass by rows; entry 0 is that of one row."""
-        return self.drift * (self._verify.dense + self._context_s * context_tokens)
+    def verify_curve(self, context_tokens: int, anchors: int = 0, draft_context: float = 0.0) -> NDArray[np.float64]:
+        """[max_rows + 1] float64, predicted seconds of a target pass by rows; entry 0 is that of one row.
+
+        context_tokens: K/V entries read, once per sequence. Each row beyond `anchors` reads `draft_context` entries once more,
+        which are in the processor's cache by then.
+        """
+        again = np.maximum(np.arange(self._verify.dense.size) - anchors, 0) * draft_context
+        return self.drift * (self._verify.dense + self._context_s * context_tokens + self._draft_context_s * again)
 
     def verify_s(self, rows: int | NDArray[np.int64], context_tokens: int = 0) -> NDArray[np.float64]:
         """Predicted seconds of a target pass of `rows` rows (>= 1, an array or a scalar): monotone in rows."""
@@ -195,11 +219,12 @@ class CostModel:
         bucket = sequences.bit_length()
         return self._host[min(self._host, key=lambda seen: (abs(seen - bucket), seen))]
 
-    def observe_verify(self, rows: int, context_tokens: int, seconds: float) -> None:
-        """A target pass of `rows` rows took `seconds`."""
+    def observe_verify(self, rows: int, context_tokens: int, seconds: float, draft_context_tokens: int = 0) -> None:
+        """A target pass of `rows` rows took `seconds`; draft_context_tokens: K/V entries read again, by draft rows."""
         if rows < 1 or seconds <= 0:
             return
-        log_ratio = math.log(seconds / (self.drift * (self._verify.one(rows) + self._context_s * context_tokens)))
+        context_s = self._context_s * context_tokens + self._draft_context_s * draft_context_tokens
+        log_ratio = math.log(seconds / (self.drift * (self._verify.one(rows) + context_s)))
         self.error_ratio += ERROR_RATE * (min(abs(log_ratio), 1.0) - self.error_ratio)
         before = math.log(self.drift)
         # each entry is the drift that this step alone would ask for
@@ -231,6 +256,7 @@ class CostModel:
             "verify": _curve_state(self._verify),
             "draft": _curve_state(self._draft),
             "context_s": self._context_s,
+            "draft_context_s": self._draft_context_s,
             "host": {str(bucket): seconds for bucket, seconds in self._host.items()},
             "drift": self.drift,
         }
@@ -246,7 +272,12 @@ class CostModel:
             if state["format"] != FORMAT or state["key"] != key:
                 logger.info("cost model %s was measured for something else (%s); measuring again", path, state["key"])
                 return None
-            model = cls(_curve(state["verify"]), _curve(state["draft"]), _positive("context_s", state["context_s"]))
+            model = cls(
+                _curve(state["verify"]),
+                _curve(state["draft"]),
+                _positive("context_s", state["context_s"]),
+                draft_context_s=_positive("draft_context_s", state["draft_context_s"]),
+            )
             model._host = {int(bucket): _positive("host", seconds) for bucket, seconds in state["host"].items()}
             model.drift = min(max(_positive("drift", state["drift"]), DRIFT_LIMITS[0]), DRIFT_LIMITS[1])
         except FileNotFoundError:

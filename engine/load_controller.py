@@ -65,6 +65,7 @@ class StepLoad:
     context_tokens: K/V entries that the step's attention reads.  draft_room: rows left in the step's token budget.
     prefill_tokens: prompt rows in this step.  prefill_ending: sequences whose prompt ends in this step.
     queue_tokens: verifier-queue tokens beyond this step that could start now or share this step's budget.
+    draft_context: K/V entries that one more draft row reads on average.
     waiting_requests: sequences behind `prefill_tokens` and `queue_tokens`, those whose prompt is being computed included.
     """
 
@@ -79,6 +80,7 @@ class StepLoad:
     prefill_ending: int = 0
     queue_tokens: int = 0
     waiting_requests: int = 0
+    draft_context: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class StepOutcome:
     drafting_sequences: sequences drafted for after it.  draft_s: what that took.  host_s: the rest of the step.
     sequence_ids: [B].  survival, confidence: [B, γ] float32, calibrated and raw.  sampled: [B] bool.
     source: [B] int8, see `Draft.source`.  free: [B] bool, see `StepLoad`.
-    proposed, verified, accepted: [B] int32.
+    proposed, verified, accepted: [B] int32.  draft_context_tokens: K/V entries that the verified drafts' rows read.
     """
 
     rows: int
@@ -140,6 +142,7 @@ class StepOutcome:
     free: NDArray[np.bool_]
     verified: NDArray[np.int32]
     accepted: NDArray[np.int32]
+    draft_context_tokens: int = 0
 
 
 def fill_budget(survival: NDArray[np.float32], caps: NDArray[np.int32], budget: int) -> NDArray[np.int32]:
@@ -277,7 +280,7 @@ class LoadController:
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from one step: costs, calibration, and how each sequence's drafts fared."""
         sequences = len(outcome.sequence_ids)
-        self.cost.observe_verify(outcome.rows, outcome.context_tokens, outcome.verify_s)
+        self.cost.observe_verify(outcome.rows, outcome.context_tokens, outcome.verify_s, outcome.draft_context_tokens)
         self.cost.observe_draft(outcome.drafting_sequences, outcome.draft_s)
         self.cost.observe_host(sequences, outcome.host_s)
         self.calibration.observe(
@@ -295,7 +298,7 @@ class LoadController:
             )
 
     def _prices(self, load: StepLoad, slots: NDArray[np.intp]) -> _Prices:
-        verify_s = self.cost.verify_curve(load.context_tokens)
+        verify_s = self.cost.verify_curve(load.context_tokens, len(slots), load.draft_context)
         anchors = max(1, len(slots) or load.prefill_ending)
         host_s = self.cost.host_s(anchors)
         drafted = max(1, anchors - int(np.count_nonzero(self._sequences.skip[slots])))

@@ -111,7 +111,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     _compile_sampling(decoder, noise)
     report("warm-up", 2, 2)
     clock.end("warmup")
-    timer = PassTimer(decoder, drafter, num_blocks)
+    timer = PassTimer(decoder, drafter, Sampler(decoder.head_weight, noise), num_blocks)
     cost = _costs(
         config, cache, files.name, timer, (dtype, threads, drafter.name, config.drafter, drafter.block_size, spec)
     )
@@ -223,13 +223,14 @@ class PassTimer:
 
     rows_per_sequence = 8
 
-    def __init__(self, decoder: Decoder, drafter: Drafter, num_blocks: int) -> None:
+    def __init__(self, decoder: Decoder, drafter: Drafter, sampler: Sampler, num_blocks: int) -> None:
         self._decoder = decoder
         self._drafter = drafter
+        self._sampler = sampler
         self._num_blocks = num_blocks
 
     def verify_s(self, rows: int, context_tokens: int) -> float:
-        """Seconds of a target pass, head and drafter context included."""
+        """Seconds of a target pass, head, greedy sampling and drafter context included."""
         first = min(context_tokens, (self._num_blocks - 1) * BLOCK_SIZE)
         width = blocks_for(first + self.rows_per_sequence)
         sequences = []
@@ -238,10 +239,14 @@ class PassTimer:
             table = (np.arange(width, dtype=np.int32) + start) % self._num_blocks
             sequences.append((np.zeros(count, np.int64), first, table))
         flat = flat_sequences(sequences)
+        greedy = SamplingState(
+            SamplingParams(temperature=0.0), 0, np.zeros(1, np.int64), frozenset(), self._decoder.spec.vocab_size
+        )
+        sampled = [SampleRow(greedy, 1, np.empty(0, np.int64))] * rows
 
         def run() -> None:
             hidden, features = self._decoder.forward(flat, self._drafter.feature_layers)
-            self._decoder.logits(hidden)
+            self._sampler.sample(self._decoder.logits(hidden), hidden, sampled)
             if features is not None:
                 self._drafter.observe(features, flat.positions, flat.slots)
 

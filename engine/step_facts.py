@@ -29,6 +29,7 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
         prefill_ending=sum(prefill.ends for prefill in batch.prefills),
         queue_tokens=batch.queue_tokens,
         waiting_requests=batch.waiting_sequences + computing,
+        draft_context=float(np.mean([d.sequence.computed for d in batch.decodes])) if batch.decodes else 0.0,
     )
 
 
@@ -56,6 +57,10 @@ def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float
         free=load.free,
         verified=np.array([round_.verified for round_ in result.rounds], np.int32),
         accepted=np.array([round_.accepted for round_ in result.rounds], np.int32),
+        draft_context_tokens=sum(
+            round_.verified * decode.sequence.computed
+            for decode, round_ in zip(batch.decodes, result.rounds, strict=True)
+        ),
     )
 
 

@@ -22,13 +22,16 @@ BY_NAME = {table.name: table for table in TABLES}
 class CountingTimer:
     """A recorded table that counts what it was asked to measure."""
 
-    def __init__(self, table: CostTable, context_s: float = 0.0) -> None:
-        self.table, self.context_s = table, context_s
+    rows_per_sequence = 8
+
+    def __init__(self, table: CostTable, context_s: float = 0.0, draft_context_s: float = 0.0) -> None:
+        self.table, self.context_s, self.draft_context_s = table, context_s, draft_context_s
         self.spent_s = 0.0
         self.passes: Counter[int] = Counter()
 
     def verify_s(self, rows: int, context_tokens: int) -> float:
-        seconds = self.table.verify_s(rows) + self.context_s * context_tokens
+        drafts = rows - -(-rows // self.rows_per_sequence)
+        seconds = self.table.verify_s(rows) + (self.context_s + self.draft_context_s * drafts) * context_tokens
         self.spent_s += seconds
         self.passes[rows] += 1
         return seconds
@@ -69,6 +72,22 @@ def test_a_small_budget_stops_the_climb_and_extrapolates() -> None:
     assert max(timer.passes) < ROWS
     assert model.max_rows == ROWS
     assert float(model.verify_s(ROWS)) == pytest.approx(BY_NAME["zen4_cpu"].verify_s(ROWS), rel=0.3)
+
+
+def test_a_draft_row_costs_its_context_again_at_the_price_that_was_measured() -> None:
+    timer = CountingTimer(BY_NAME["amx_cpu"], context_s=3e-6, draft_context_s=1e-6)
+    model = CostModel.profile(timer, ROWS, 64, context_tokens=4096)
+    plain, verifying = model.verify_curve(2000), model.verify_curve(2000, anchors=4, draft_context=500.0)
+    np.testing.assert_allclose(verifying[:5], plain[:5])
+    np.testing.assert_allclose(verifying[5:] - plain[5:], np.arange(1, ROWS - 3) * 500e-6, rtol=1e-6)
+
+
+def test_what_draft_rows_read_is_not_taken_for_a_slower_machine() -> None:
+    timer = CountingTimer(BY_NAME["amx_cpu"], context_s=3e-6, draft_context_s=1e-6)
+    model = CostModel.profile(timer, ROWS, 64, context_tokens=4096)
+    for _ in range(50):
+        model.observe_verify(20, 2000, float(model.verify_curve(2000, 4, 500.0)[20]), draft_context_tokens=16 * 500)
+    assert model.drift == pytest.approx(1.0, abs=1e-3)
 
 
 def test_context_costs_what_was_measured() -> None:
