@@ -111,7 +111,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     _compile_sampling(decoder, noise)
     report("warm-up", 2, 2)
     clock.end("warmup")
-    timer = PassTimer(decoder, drafter, Sampler(decoder.head_weight, noise), num_blocks)
+    timer = PassTimer(decoder, drafter, Sampler(decoder.head_weight, noise), num_blocks, max_model_len)
     cost = _costs(
         config, cache, files.name, timer, (dtype, threads, drafter.name, config.drafter, drafter.block_size, spec)
     )
@@ -223,15 +223,19 @@ class PassTimer:
 
     rows_per_sequence = 8
 
-    def __init__(self, decoder: Decoder, drafter: Drafter, sampler: Sampler, num_blocks: int) -> None:
+    def __init__(
+        self, decoder: Decoder, drafter: Drafter, sampler: Sampler, num_blocks: int, max_model_len: int
+    ) -> None:
         self._decoder = decoder
         self._drafter = drafter
         self._sampler = sampler
         self._num_blocks = num_blocks
+        # behind the longest sequence there are no rotations, and what is written there would be anything
+        self._furthest = max(0, min((num_blocks - 1) * BLOCK_SIZE, max_model_len - self.rows_per_sequence))
 
     def verify_s(self, rows: int, context_tokens: int) -> float:
         """Seconds of a target pass, head, greedy sampling and drafter context included."""
-        first = min(context_tokens, (self._num_blocks - 1) * BLOCK_SIZE)
+        first = min(context_tokens, self._furthest)
         width = blocks_for(first + self.rows_per_sequence)
         sequences = []
         for start in range(0, rows, self.rows_per_sequence):
@@ -254,7 +258,7 @@ class PassTimer:
 
     def draft_s(self, sequences: int) -> float:
         """Seconds of drafting one block for each of `sequences` sequences."""
-        length = min(4 * BLOCK_SIZE, self._num_blocks * BLOCK_SIZE - 1)
+        length = max(1, min(4 * BLOCK_SIZE, self._furthest))
         table = np.arange(blocks_for(length + 1), dtype=np.int32)
         tokens = np.arange(length + 1, dtype=np.int64)  # all different: lookup has nothing to propose, a model must
         tokens %= self._decoder.spec.vocab_size

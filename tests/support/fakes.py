@@ -149,7 +149,7 @@ class RecordedCost(CostModel):
             host_s=0.5e-3,
         )
 
-    def observe_verify(self, rows: int, context_tokens: int, seconds: float) -> None:
+    def observe_verify(self, rows: int, context_tokens: int, seconds: float, draft_context_tokens: int = 0) -> None:
         """Recorded costs do not change."""
 
     def observe_draft(self, sequences: int, seconds: float) -> None:
