@@ -57,10 +57,16 @@ class CalibrationTable:
 
         confidence: [B, γ] float32 raw log-odds; sampled: [B] bool, temperature above 0; source: [B], or of all.
         """
+        survival = np.cumprod(self.conditional(confidence, sampled, source), axis=1, dtype=np.float32)
+        return np.clip(survival, SMALLEST_SURVIVAL, LARGEST_SURVIVAL)
+
+    def conditional(
+        self, confidence: NDArray[np.float32], sampled: NDArray[np.bool_], source: Source = 0
+    ) -> NDArray[np.float32]:
+        """Probability that draft j is accepted if all before it were, [B, γ] float32; arguments as for `survival`."""
         kind = _kind(sampled, source)
         logits = self.slope[kind] * _bounded(confidence) + self.bias[kind]
-        survival = np.cumprod(1.0 / (1.0 + np.exp(-logits)), axis=1, dtype=np.float32)
-        return np.clip(survival, SMALLEST_SURVIVAL, LARGEST_SURVIVAL)
+        return (1.0 / (1.0 + np.exp(-logits))).astype(np.float32)
 
 
 class Calibration:

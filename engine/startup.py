@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from dspark.engine.config import EngineConfig
 from dspark.engine.cost_model import CostModel
-from dspark.engine.drafters.drafter import Drafter, DraftRow
-from dspark.engine.drafters.dspark import Noise
+from dspark.engine.drafters.drafter import Drafter, DraftRow, Noise
 from dspark.engine.drafters.open_drafter import open_drafter
 from dspark.engine.errors import ConfigError
 from dspark.engine.facts import EngineInfo

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark.engine.calibration import CONFIDENCE_LIMIT, Calibration, CalibrationTable
+from dspark.engine.calibration import Calibration
 from dspark.training.replay import Rounds
 
 RESAMPLES = 2000
@@ -130,7 +130,9 @@ def compare_with_position_only(rounds: Rounds, untaught: Calibration) -> tuple[P
     positional = np.empty(proposing.confidence.shape)
     for test in (half, ~half):
         fitting = proposing.where(~test)
-        confident[test] = _conditional(_learned(fitting, untaught).table(), proposing.where(test))
+        tested = proposing.where(test)
+        learned = _learned(fitting, untaught).table()
+        confident[test] = learned.conditional(tested.confidence, tested.temperature > 0, tested.source)
         for source in np.unique(proposing.source):
             of_source = test & (proposing.source == source)
             positional[of_source] = _slot_rates(fitting.where(fitting.source == source))
@@ -150,13 +152,6 @@ def _learned(rounds: Rounds, untaught: Calibration) -> Calibration:
         some = rounds.where(chosen)
         calibration.observe(some.confidence, some.temperature > 0, some.judged, some.accepted, some.source)
     return calibration
-
-
-def _conditional(table: CalibrationTable, rounds: Rounds) -> NDArray[np.float64]:
-    """[N, γ] probability that the draft is accepted if those before it were."""
-    kind = (rounds.temperature > 0).astype(np.intp) + 2 * rounds.source
-    bounded = np.clip(rounds.confidence, -CONFIDENCE_LIMIT, CONFIDENCE_LIMIT)
-    return 1.0 / (1.0 + np.exp(-(table.slope[kind] * bounded + table.bias[kind]).astype(np.float64)))
 
 
 def _slot_rates(rounds: Rounds) -> NDArray[np.float64]:

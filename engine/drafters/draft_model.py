@@ -21,8 +21,7 @@ from dspark.engine.config import EngineConfig, VerificationMode
 from dspark.engine.drafters.catch_up import CatchUp, ContextChunks
 from dspark.engine.drafters.checkpoint_config import as_drafter_error, drafter_error
 from dspark.engine.drafters.draft_places import drafting_tables, flat_positions, scratch_blocks_per_row, slots_at
-from dspark.engine.drafters.drafter import Draft, DraftRow
-from dspark.engine.drafters.dspark import Noise
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
 from dspark.engine.drafters.token_draws import TokenDraws
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, FlatBatch, LinearFactory

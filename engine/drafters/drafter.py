@@ -6,13 +6,20 @@ exactly when it equals the target's own token), only the speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+Noise = Callable[[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]], torch.Tensor]
+"""noise(keys [n], positions [n], rounds [n]) -> Gumbel variates [n, V] float32. Rounds are named by their anchor.
+
+Coupled verification: the noise the target uses at these positions, whatever the round. Rejection: independent of the
+target's noise, and of that of every other round.
+"""
 
 
 @dataclass(frozen=True, slots=True)

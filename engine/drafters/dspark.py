@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from dspark.engine.config import VerificationMode
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, DraftSpec
-from dspark.engine.drafters.drafter import Draft, DraftRow
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import LinearFactory
 from dspark.engine.models.rope import rope_tables
@@ -33,13 +33,6 @@ from dspark.kernels.packed_linear import PackedLinear
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rope_kv_write import rope_kv_write
 from dspark.kernels.silu_mul import silu_mul
-
-Noise = Callable[[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]], Tensor]
-"""noise(keys [n], positions [n], rounds [n]) -> Gumbel variates [n, V] float32. Rounds are named by their anchor.
-
-Coupled verification: the noise the target uses at these positions, whatever the round. Rejection: independent of the
-target's noise, and of that of every other round.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +50,13 @@ class _Layer:
     def load(cls, weights: Mapping[str, Tensor], prefix: str, linear: LinearFactory) -> _Layer:
         return cls(
             input_norm=weights[f"{prefix}input_layernorm.weight"],
-            qkv=_fused(linear, weights, [f"{prefix}self_attn.{name}_proj" for name in "qkv"]),
+            qkv=linear.fused(weights, *(f"{prefix}self_attn.{name}_proj" for name in "qkv")),
             q_norm=weights[f"{prefix}self_attn.q_norm.weight"],
             k_norm=weights[f"{prefix}self_attn.k_norm.weight"],
-            o=_fused(linear, weights, [f"{prefix}self_attn.o_proj"]),
+            o=linear.fused(weights, f"{prefix}self_attn.o_proj"),
             post_attention_norm=weights[f"{prefix}post_attention_layernorm.weight"],
-            gate_up=_fused(linear, weights, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"]),
-            down=_fused(linear, weights, [f"{prefix}mlp.down_proj"]),
+            gate_up=linear.fused(weights, f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"),
+            down=linear.fused(weights, f"{prefix}mlp.down_proj"),
         )
 
 
@@ -76,9 +69,9 @@ class MarkovHead:
         w2 = weights["markov_head.markov_w2.weight"]
         self._w2 = linear(w2 if spec.draft_token_ids is None else w2[list(spec.draft_token_ids)])
         if self._kind == "gated":
-            self._gate = _fused(linear, weights, ["markov_head.gate_proj"])
+            self._gate = linear.fused(weights, "markov_head.gate_proj")
         elif self._kind == "rnn":
-            self._joint = _fused(linear, weights, ["markov_head.joint_proj"])
+            self._joint = linear.fused(weights, "markov_head.joint_proj")
 
     def embed(self, tokens: Tensor) -> Tensor:
         """w1 of the tokens: [...] int64 -> [..., r]."""
@@ -138,13 +131,13 @@ class DSparkDrafter:
         self._head = head
         if HEAD in weights:
             self._head = linear(weights[HEAD] if self._draft_ids is None else weights[HEAD][self._draft_ids])
-        self._fc = _fused(linear, weights, ["fc"])
+        self._fc = linear.fused(weights, "fc")
         self._hidden_norm = weights["hidden_norm.weight"]
         self._norm = weights["norm.weight"]
         self._layers = [_Layer.load(weights, f"layers.{i}.", linear) for i in range(spec.num_layers)]
         # keys and values of all layers come from the same context vector, so one product makes them all
-        self._context_kv = _fused(
-            linear, weights, [f"layers.{i}.self_attn.{name}_proj" for i in range(spec.num_layers) for name in "kv"]
+        self._context_kv = linear.fused(
+            weights, *(f"layers.{i}.self_attn.{name}_proj" for i in range(spec.num_layers) for name in "kv")
         )
         self._markov = MarkovHead(spec, weights, linear) if spec.markov else None
         self._confidence: tuple[Tensor, Tensor] | None = None
@@ -326,10 +319,3 @@ class DSparkDrafter:
         if self._spec.confidence_with_markov and self._markov is not None:
             inputs = torch.cat([inputs, self._markov.embed(previous).float()], dim=-1)
         return inputs @ weight + bias
-
-
-def _fused(linear: LinearFactory, weights: Mapping[str, Tensor], names: Sequence[str]) -> PackedLinear:
-    """One linear layer whose output is the outputs of the named ones, one after another."""
-    biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
-    weight = torch.cat([weights[f"{name}.weight"] for name in names])
-    return linear(weight, torch.cat(biases) if biases else None)

@@ -31,8 +31,7 @@ from dspark.engine.config import EngineConfig
 from dspark.engine.drafters.catch_up import CatchUp, ContextChunks
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, drop_shared_with_target
 from dspark.engine.drafters.draft_places import drafting_tables, flat_positions, scratch_blocks_per_row, slots_at
-from dspark.engine.drafters.drafter import Draft, DraftRow
-from dspark.engine.drafters.dspark import Noise
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
 from dspark.engine.drafters.eagle3_checkpoint import (
     Eagle3Spec,
     check_eagle3_fits,
@@ -43,7 +42,6 @@ from dspark.engine.drafters.token_draws import TokenDraws
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, LinearFactory
 from dspark.engine.models.rope import rope_tables
-from dspark.kernels.packed_linear import PackedLinear
 from dspark.kernels.paged_attention import paged_attention
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rope_kv_write import rope_kv_write
@@ -83,26 +81,19 @@ class Eagle3Drafter:
         self.feature_layers = spec.target_layer_ids
         self._spec = spec
         layer, attention, mlp = "layers.0.", "layers.0.self_attn.", "layers.0.mlp."
-
-        def fused(*names: str) -> PackedLinear:
-            """One linear layer whose output is the outputs of the named ones, one after another."""
-            biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
-            weight = torch.cat([weights[f"{name}.weight"] for name in names])
-            return linear(weight, torch.cat(biases) if biases else None)
-
         self._embedding = weights.get(EMBEDDING, embedding)
-        self._head = fused(HEAD.removesuffix(".weight")) if HEAD in weights else head
-        self._fc = fused("fc")
+        self._head = linear.fused(weights, HEAD.removesuffix(".weight")) if HEAD in weights else head
+        self._fc = linear.fused(weights, "fc")
         self._input_norm = weights[f"{layer}input_layernorm.weight"]
         self._hidden_norm = weights[f"{layer}hidden_norm.weight"]
         self._post_attention_norm = weights[f"{layer}post_attention_layernorm.weight"]
         self._norm = weights["norm.weight"]
-        self._qkv = fused(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj")
-        self._context_kv = fused(f"{attention}k_proj", f"{attention}v_proj")
+        self._qkv = linear.fused(weights, f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj")
+        self._context_kv = linear.fused(weights, f"{attention}k_proj", f"{attention}v_proj")
         self._q_norm, self._k_norm = weights[f"{attention}q_norm.weight"], weights[f"{attention}k_norm.weight"]
-        self._output = fused(f"{attention}o_proj")
-        self._gate_up = fused(f"{mlp}gate_proj", f"{mlp}up_proj")
-        self._down = fused(f"{mlp}down_proj")
+        self._output = linear.fused(weights, f"{attention}o_proj")
+        self._gate_up = linear.fused(weights, f"{mlp}gate_proj", f"{mlp}up_proj")
+        self._down = linear.fused(weights, f"{mlp}down_proj")
         # a block drafted at the very end of the longest sequence reaches past it
         self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_model_len + block_size)
         self._catch_up = CatchUp(CATCH_UP_TOKENS, round_tokens=block_size + 1)

@@ -20,8 +20,8 @@ from dspark.engine.drafters.draft_checkpoint import (
     shipped_target,
 )
 from dspark.engine.drafters.draft_model import open_draft_model
-from dspark.engine.drafters.drafter import Drafter
-from dspark.engine.drafters.dspark import DSparkDrafter, Noise
+from dspark.engine.drafters.drafter import Drafter, Noise
+from dspark.engine.drafters.dspark import DSparkDrafter
 from dspark.engine.drafters.eagle3 import open_eagle3
 from dspark.engine.drafters.eagle3_checkpoint import EAGLE3_ARCHITECTURES
 from dspark.engine.drafters.lookup import LookupDrafter

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dspark.engine.config import VerificationMode
-from dspark.engine.drafters.drafter import Draft, DraftRow
-from dspark.engine.drafters.dspark import Noise
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
 
 _LEAST_SURPRISE = 1e-6
 """Nats; float32 cannot tell probabilities closer to 1 apart, and log-odds must be finite."""

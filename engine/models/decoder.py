@@ -60,6 +60,12 @@ class LinearFactory:
                 log.warning("no row-invariant way found to compute a %s linear layer of %s", weight.dtype, weight.shape)
         return PackedLinear(weight, bias, self._plans[key])
 
+    def fused(self, weights: Mapping[str, Tensor], *names: str) -> PackedLinear:
+        """One layer whose output is the outputs of the named ones (without `.weight`), one after another."""
+        weight = torch.cat([weights[f"{name}.weight"] for name in names])
+        biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
+        return self(weight, torch.cat(biases) if biases else None)
+
     @property
     def row_invariant(self) -> bool:
         """Every layer made so far has a row-invariant plan."""
@@ -162,21 +168,15 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _make_layer(spec: ModelSpec, weights: Mapping[str, Tensor], index: int, linear: LinearFactory) -> _Layer:
     prefix = f"model.layers.{index}."
-
-    def fused(*names: str) -> PackedLinear:
-        weight = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
-        biases = [weights[f"{prefix}{name}.bias"] for name in names if f"{prefix}{name}.bias" in weights]
-        return linear(weight, torch.cat(biases) if biases else None)
-
-    attention, mlp = "self_attn", "mlp"
+    attention, mlp = f"{prefix}self_attn", f"{prefix}mlp"
     return _Layer(
         input_norm=weights[f"{prefix}input_layernorm.weight"],
-        qkv=fused(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-        q_norm=weights.get(f"{prefix}{attention}.q_norm.weight"),
-        k_norm=weights.get(f"{prefix}{attention}.k_norm.weight"),
-        output=fused(f"{attention}.o_proj"),
+        qkv=linear.fused(weights, f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+        q_norm=weights.get(f"{attention}.q_norm.weight"),
+        k_norm=weights.get(f"{attention}.k_norm.weight"),
+        output=linear.fused(weights, f"{attention}.o_proj"),
         mlp_norm=weights[f"{prefix}post_attention_layernorm.weight"],
-        gate_up=fused(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-        down=fused(f"{mlp}.down_proj"),
+        gate_up=linear.fused(weights, f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        down=linear.fused(weights, f"{mlp}.down_proj"),
         window=spec.windows[index],
     )

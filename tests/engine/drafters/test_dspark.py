@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from draft_checkpoints import draft_config, random_tensors, write_draft_checkpoint
+from draft_sequences import KV_BLOCK_SIZE, DraftSequence, noise_at, noise_rows
 from naive_dspark import NaiveDraft, NaiveDSpark
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 from torch import Tensor
 
 from dspark.engine.drafters.draft_checkpoint import drop_shared_with_target, load_draft_weights, read_draft_spec
-from dspark.engine.drafters.drafter import Draft, DraftRow
-from dspark.engine.drafters.dspark import DSparkDrafter, Noise
+from dspark.engine.drafters.drafter import Draft, Noise
+from dspark.engine.drafters.dspark import DSparkDrafter
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import LinearFactory
 from dspark.kernels.gumbel_noise import gumbel_noise
 
-KV_BLOCK_SIZE = 16
 NUM_BLOCKS = 40
 MAX_MODEL_LEN = 128
 
@@ -39,38 +39,6 @@ HEADS = {
 }
 
 
-def noise_at(key: int, position: int, vocab_size: int) -> Tensor:
-    """Any function of key and position will do: the drafter only has to use it at the right places."""
-    generator = torch.Generator().manual_seed(1000 * key + position)
-    return -torch.empty(vocab_size).exponential_(generator=generator).log()
-
-
-@dataclass
-class Sequence:
-    """One sequence of random tokens, with a random feature for every position of the target's cache."""
-
-    tokens: list[int]
-    features: Tensor  # [positions, m * d]
-    blocks: list[int]
-    temperature: float = 0.0
-    key: int = 0
-
-    def row(self, sequence_id: int = 0) -> DraftRow:
-        return DraftRow(
-            sequence_id=sequence_id,
-            tokens=np.array(self.tokens, np.int64),
-            position=len(self.tokens) - 1,
-            temperature=self.temperature,
-            noise_key=self.key,
-            block_table=np.array(self.blocks, np.int32),
-        )
-
-    def slots(self, start: int, end: int) -> NDArray[np.int64]:
-        return np.array(
-            [self.blocks[p // KV_BLOCK_SIZE] * KV_BLOCK_SIZE + p % KV_BLOCK_SIZE for p in range(start, end)]
-        )
-
-
 @dataclass
 class Bench:
     """A drafter loaded from a checkpoint on disk, beside the naive model of the same checkpoint."""
@@ -81,18 +49,20 @@ class Bench:
     generator: torch.Generator
     free_blocks: list[int]
     noise_calls: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
+    made: int = 0
 
-    def sequence(self, length: int, **options: Any) -> Sequence:
+    def sequence(self, length: int, **options: Any) -> DraftSequence:
         """`length` tokens, the anchor included; blocks are taken in shuffled order, with room for the draft."""
         blocks = [self.free_blocks.pop() for _ in range(-(-(length + self.config["block_size"]) // KV_BLOCK_SIZE))]
         tokens = torch.randint(self.config["vocab_size"] - 1, (length,), generator=self.generator).tolist()
-        return Sequence(tokens, self.random_features(length - 1), blocks, **options)
+        self.made += 1
+        return DraftSequence(self.made, tokens, blocks, self.random_features(length - 1), **options)
 
     def random_features(self, rows: int) -> Tensor:
         width = len(self.config["target_layer_ids"]) * self.config["hidden_size"]
         return torch.randn(rows, width, generator=self.generator)
 
-    def observe(self, *pieces: tuple[Sequence, int, int]) -> None:
+    def observe(self, *pieces: tuple[DraftSequence, int, int]) -> None:
         """One target pass over positions start..end-1 of some sequences."""
         self.drafter.observe(
             torch.cat([s.features[start:end] for s, start, end in pieces]),
@@ -100,13 +70,13 @@ class Bench:
             np.concatenate([s.slots(start, end) for s, start, end in pieces]),
         )
 
-    def prefill(self, *sequences: Sequence) -> None:
+    def prefill(self, *sequences: DraftSequence) -> None:
         self.observe(*[(s, 0, len(s.features)) for s in sequences])
 
-    def propose(self, *sequences: Sequence) -> Draft:
-        return self.drafter.propose([s.row(i) for i, s in enumerate(sequences)])
+    def propose(self, *sequences: DraftSequence) -> Draft:
+        return self.drafter.propose([s.row() for s in sequences])
 
-    def expected(self, sequence: Sequence) -> NaiveDraft:
+    def expected(self, sequence: DraftSequence) -> NaiveDraft:
         s = len(sequence.tokens) - 1
         positions = range(s + 1, s + 1 + self.config["block_size"])
         noise = torch.stack([noise_at(sequence.key, p, self.config["vocab_size"]) for p in positions])
@@ -139,8 +109,7 @@ def open_bench(
 
     def recorded_noise(keys: NDArray[np.uint64], positions: NDArray[np.int64], rounds: NDArray[np.int64]) -> Tensor:
         noise_calls.append((keys.tolist(), positions.tolist(), rounds.tolist()))
-        pairs = zip(keys.tolist(), positions.tolist(), strict=True)
-        return torch.stack([noise_at(key, position, spec.vocab_size) for key, position in pairs])
+        return noise_rows(spec.vocab_size, keys, positions)
 
     drafter = DSparkDrafter(
         spec,
@@ -159,7 +128,7 @@ def open_bench(
     return Bench(config, drafter, NaiveDSpark(config, tensors, ids), generator, free_blocks, noise_calls)
 
 
-def assert_equals_naive(bench: Bench, draft: Draft, *sequences: Sequence) -> None:
+def assert_equals_naive(bench: Bench, draft: Draft, *sequences: DraftSequence) -> None:
     assert draft.lengths.tolist() == [bench.config["block_size"]] * len(sequences)
     for i, sequence in enumerate(sequences):
         expected = bench.expected(sequence)
@@ -279,7 +248,7 @@ def test_features_of_rejected_drafts_are_overwritten_by_the_next_pass(tmp_path: 
     bench.prefill(s)
     # a verify pass over the anchor and four drafts, of which one is accepted; rejected rows reach into the next block
     verified = bench.random_features(5)
-    stale = Sequence(s.tokens, torch.cat([s.features, verified]), s.blocks)
+    stale = DraftSequence(s.id, s.tokens, s.blocks, torch.cat([s.features, verified]))
     bench.observe((stale, 14, 19))
     s.tokens += [3, 4]
     s.features = torch.cat([s.features, verified[:2]])
