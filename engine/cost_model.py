@@ -34,8 +34,14 @@ DRIFT_LIMITS = (0.02, 50.0)
 OUTLIER_WINDOW = 5
 """Drift follows the median of this many steps: fewer than half of them stalled do not move it."""
 RESIDUAL_RATE = 0.1
+MOST_VISITS_MISSED = 5.0
+"""A size not visited for so many steps or more learns from its next visit as from that many beside it."""
 RESIDUAL_CLIP = 0.2
-"""Log-ratio of one step that a residual takes in at most, so that a stalled step moves it by 2 %."""
+"""Log-ratio of one step that a residual takes in at most, so that a stalled step moves it by 2 %, or 9 % where visits are
+rare."""
+LATELY_STEPS = 128
+FILL_RATE = 0.02
+"""Share by which, each step, the residuals of sizes not visited lately follow those of the visited ones around them."""
 RESIDUAL_LIMIT = math.log(4.0)
 RESIDUAL_DECAY = 1e-3
 HOST_RATE = 0.05
@@ -87,6 +93,8 @@ class SizeCurve:
         if self.residual.shape != self.sizes.shape or not (np.abs(self.residual) <= RESIDUAL_LIMIT).all():
             raise ValueError(f"residual must be {self.sizes.size} numbers within ±{RESIDUAL_LIMIT:.2f}")
         self._log_seconds = np.log(self.seconds)
+        self._log_sizes = np.log(self.sizes)
+        self._steps_unvisited = np.full(self.sizes.size, np.inf)
         self._every_size = np.arange(self.sizes[-1] + 1)
         self._refresh()
 
@@ -106,7 +114,12 @@ class SizeCurve:
         """Take in the log of observed / predicted seconds at one size."""
         right = min(int(np.searchsorted(self.sizes, size)), self.sizes.size - 1)
         left = max(right - 1, 0)
-        step = RESIDUAL_RATE * min(max(log_ratio, -RESIDUAL_CLIP), RESIDUAL_CLIP)
+        near = left if size - self.sizes[left] < self.sizes[right] - size else right
+        # a size that is rarely visited must learn from few visits
+        rate = 1.0 - (1.0 - RESIDUAL_RATE) ** (1.0 + min(float(self._steps_unvisited[near]), MOST_VISITS_MISSED))
+        self._steps_unvisited += 1.0
+        self._steps_unvisited[near] = 0.0
+        step = rate * min(max(log_ratio, -RESIDUAL_CLIP), RESIDUAL_CLIP)
         share = float(size - self.sizes[left]) / float(self.sizes[right] - self.sizes[left]) if right else 1.0
         share = min(share, 1.0)
         log_s = self._log_seconds + self.residual * (1.0 - RESIDUAL_DECAY)
@@ -119,8 +132,17 @@ class SizeCurve:
         else:
             np.maximum(log_s[left + 1 :], log_s[left], out=log_s[left + 1 :])
             np.maximum(log_s[right + 1 :], log_s[right], out=log_s[right + 1 :])
-        self.residual = np.minimum(np.maximum(log_s - self._log_seconds, -RESIDUAL_LIMIT), RESIDUAL_LIMIT)
+        residual = np.minimum(np.maximum(log_s - self._log_seconds, -RESIDUAL_LIMIT), RESIDUAL_LIMIT)
+        self.residual = self._fill_unvisited(residual)
         self._refresh()
+
+    def _fill_unvisited(self, residual: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Move knots not visited lately towards what lies between (beyond: at) those that were, so that no jump is
+        believed in where nobody has looked."""
+        visited = self._steps_unvisited < LATELY_STEPS
+        between = np.interp(self._log_sizes, self._log_sizes[visited], residual[visited])
+        filled = np.where(visited, residual, residual + FILL_RATE * (between - residual))
+        return np.maximum.accumulate(self._log_seconds + filled) - self._log_seconds
 
     def _refresh(self) -> None:
         knots = np.exp(self._log_seconds + self.residual)
@@ -219,10 +241,13 @@ class CostModel:
         bucket = sequences.bit_length()
         return self._host[min(self._host, key=lambda seen: (abs(seen - bucket), seen))]
 
-    def observe_verify(self, rows: int, context_tokens: int, seconds: float, draft_context_tokens: int = 0) -> None:
-        """A target pass of `rows` rows took `seconds`; draft_context_tokens: K/V entries read again, by draft rows."""
+    def observe_verify(self, rows: int, context_tokens: int, seconds: float, draft_context_tokens: int = 0) -> float:
+        """A target pass of `rows` rows took `seconds`; draft_context_tokens: K/V entries read again, by draft rows.
+
+        Returns log(observed / predicted).
+        """
         if rows < 1 or seconds <= 0:
-            return
+            return 0.0
         context_s = self._context_s * context_tokens + self._draft_context_s * draft_context_tokens
         log_ratio = math.log(seconds / (self.drift * (self._verify.one(rows) + context_s)))
         self.error_ratio += ERROR_RATE * (min(abs(log_ratio), 1.0) - self.error_ratio)
@@ -233,6 +258,7 @@ class CostModel:
         self.drift = min(max(math.exp(before + DRIFT_RATE * (common - before)), DRIFT_LIMITS[0]), DRIFT_LIMITS[1])
         # the residual learns only what recent steps of other sizes do not share, or it would take part of the drift
         self._verify.correct(rows, before + log_ratio - common)
+        return log_ratio
 
     def observe_draft(self, sequences: int, seconds: float) -> None:
         """Drafting for `sequences` sequences took `seconds` beyond what a step without drafting takes."""

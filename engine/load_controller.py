@@ -41,6 +41,15 @@ PROBE_COST_RATIO = 0.003
 FULL_BLOCK_PERIOD_STEPS = 64
 """When idle, one step in so many verifies a block's worth of drafts more than pays (alone: the whole block), so that
 calibration sees what truncation hides."""
+PLAIN_STEP_PERIOD_STEPS = 16
+"""When idle, one step in at least so many verifies no draft. While all steps have about as many rows, a slower machine and
+dearer rows look alike to the cost model; and what plain decoding takes is what speculation must beat."""
+PLAIN_STEP_COST_RATIO = 0.001
+"""Share of the engine's time that such plain steps may cost where they take as long as predicted."""
+SURPRISE_COST_RATIO = 0.1
+"""The share beside it, per unit of the log-ratio by which the last ones took longer or shorter."""
+FIRST_SURPRISE = 0.05
+SURPRISE_RATE = 0.25
 SHORTEST_PROBE_PERIOD_STEPS = 8
 NEW_BATCH_PERIOD_RATIO = 0.25
 """Share of the time between probes that is waited when at least half of the sequences are new."""
@@ -195,6 +204,10 @@ class LoadController:
         self._steps_since_full = 0
         self._steps_since_probe = 0
         self._probe_credit_s = 0.0
+        self._steps_since_plain = 0
+        self._plain_credit_s = 0.0
+        self._plain_step = False
+        self._plain_surprise = FIRST_SURPRISE
         self._state = "plain"
 
     @property
@@ -224,16 +237,17 @@ class LoadController:
         likeliest.sort()
         np.negative(likeliest, out=likeliest)
         if self.mode == "adaptive":
-            quiet_budget, budget = self._budget(load, likeliest, room, prices, probe)
+            quiet_budget, budget, plain_step = self._budget(load, likeliest, room, prices, probe)
             draft_next, draft_new, zero_draft = self._choose_drafted(load, slots, prices)
         else:
-            budget = quiet_budget = room
+            budget, quiet_budget, plain_step = room, room, False
             draft_next, draft_new, zero_draft = np.ones(anchors, np.bool_), True, False
         self._sequences.attempted[slots] = draft_next
         drafting = int(draft_next.sum()) + (load.prefill_ending if draft_new else 0)
         rows = anchors + load.prefill_tokens
         predicted_s = float(prices.verify_s[rows + budget]) + self.cost.draft_s(drafting) + prices.host_s
         self._probe_credit_s += PROBE_COST_RATIO * predicted_s
+        self._plain_credit_s += (PLAIN_STEP_COST_RATIO + SURPRISE_COST_RATIO * abs(self._plain_surprise)) * predicted_s
         self._note_state(anchors, available, budget, int((lengths > 0).sum()), drafting, zero_draft, prices, rows)
         plain = self._plain_reason(load, prices) if zero_draft else PlainReason.LOW_ACCEPTANCE
         if budget >= available:
@@ -250,7 +264,9 @@ class LoadController:
             predicted_step_s=predicted_s,
             plain_step_s=float(prices.verify_s[rows]) + prices.host_s,
             plain_decode_s=float(prices.verify_s[anchors]) + prices.host_s,
-            reason=self._reasons(load, admissible, likeliest, budget, quiet_budget, probe and zero_draft, prices),
+            reason=self._reasons(
+                load, admissible, likeliest, budget, quiet_budget, plain_step or (probe and zero_draft), prices
+            ),
             plain_reason=[None if drafted else plain for drafted in draft_next.tolist()],
             plain_reason_new=None if draft_new else plain,
         )
@@ -280,7 +296,12 @@ class LoadController:
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from one step: costs, calibration, and how each sequence's drafts fared."""
         sequences = len(outcome.sequence_ids)
-        self.cost.observe_verify(outcome.rows, outcome.context_tokens, outcome.verify_s, outcome.draft_context_tokens)
+        surprise = self.cost.observe_verify(
+            outcome.rows, outcome.context_tokens, outcome.verify_s, outcome.draft_context_tokens
+        )
+        if self._plain_step:
+            self._plain_step = False
+            self._plain_surprise += SURPRISE_RATE * (surprise - self._plain_surprise)
         self.cost.observe_draft(outcome.drafting_sequences, outcome.draft_s)
         self.cost.observe_host(sequences, outcome.host_s)
         self.calibration.observe(
@@ -371,8 +392,8 @@ class LoadController:
 
     def _budget(
         self, load: StepLoad, likeliest: NDArray[np.float32], room: int, prices: _Prices, probe: bool
-    ) -> tuple[int, int]:
-        """(budget if nothing were queued, budget), in drafts."""
+    ) -> tuple[int, int, bool]:
+        """(budget if nothing were queued, budget), in drafts, and whether it is 0 only to see what a plain step takes."""
         anchors = len(load.sequence_ids)
         base = anchors + load.prefill_tokens
         if self.itl_target_s is not None:
@@ -400,11 +421,22 @@ class LoadController:
                 budget = probed
         if budget == room:
             self._steps_since_full = 0
+        if idle and budget == quiet and self._plain_step_due(float(net[budget] - net[0]) / prices.quiet, budget):
+            return quiet, 0, True
         paid = (load.proposed > 0) & ~load.free
         drafted = int(np.count_nonzero(paid))
         spent_s = float(prices.verify_s[base + budget] - prices.verify_s[base]) + self.cost.draft_s(drafted)
         self._regret_tokens = max(0.0, self._regret_tokens + prices.quiet * spent_s - float(accepted[budget]))
-        return quiet, budget
+        return quiet, budget, False
+
+    def _plain_step_due(self, lost_s: float, budget: int) -> bool:
+        """Verify nothing this once, to see what that takes? lost_s: what the `budget` drafts would have gained."""
+        self._steps_since_plain = self._steps_since_plain + 1 if budget else 0
+        if self._steps_since_plain < PLAIN_STEP_PERIOD_STEPS or lost_s > self._plain_credit_s:
+            return False
+        self._steps_since_plain, self._plain_credit_s = 0, 0.0
+        self._plain_step = True
+        return True
 
     def _choose_drafted(
         self, load: StepLoad, slots: NDArray[np.intp], prices: _Prices

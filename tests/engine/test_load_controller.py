@@ -126,6 +126,28 @@ def test_a_table_wrong_by_two_is_corrected_while_running() -> None:
         assert controller.cost.error_ratio < 0.05
 
 
+@pytest.mark.parametrize("profile", ["headless", "heterogeneous"])
+def test_rows_that_cost_twice_what_was_profiled_are_found_out(profile: str) -> None:
+    # where every step has about as many rows, only a plain step tells dear rows from a slow machine
+    truth, concurrency = TABLE["zen4_cpu"], 32
+    batch_s = truth.verify[concurrency]
+    cheap_rows = np.where(truth.verify > batch_s, batch_s + (truth.verify - batch_s) / 2, truth.verify)
+    controller = controller_profiled_on(replace(truth, verify=cheap_rows))
+    texts = Texts(PROFILE[profile], 6 * concurrency, 128)
+    rate = VirtualEngine(truth, texts, controller, concurrency).run().rate(truth)
+    off = VirtualEngine(truth, texts, 0, concurrency).run().rate(truth)
+    assert rate >= 0.98 * off
+
+
+def test_plain_steps_are_rare_where_drafts_gain_much_and_predictions_hold() -> None:
+    batch = SteadyBatch(TABLE["amx_cpu"], controller_profiled_on(TABLE["amx_cpu"]))
+    steps = [batch.step({0: 0.9})[0] for _ in range(2000)]
+    plain = sum(step.budget == 0 for step in steps)
+    assert 2 <= plain <= 20
+    reasons = {step.reason[0] for step in steps if step.budget == 0 and step.threshold == 1.0}
+    assert reasons == {Reason.PROBE_OFF}
+
+
 # ---- the budget
 
 
@@ -398,8 +420,8 @@ def test_a_calibration_that_truncation_has_made_too_dark_recovers() -> None:
         controller.calibration.observe(confidence, np.array([False]), seen, np.array([2], np.int32))
     batch = SteadyBatch(table, controller)
     lengths = [int(batch.step(dict.fromkeys(range(8), 0.9))[1].sum()) / 8 for _ in range(3000)]
-    assert np.mean(lengths[:20]) < 3
-    assert np.mean(lengths[-200:]) > 5
+    assert np.median(lengths[:20]) < 3
+    assert np.median(lengths[-200:]) >= 5
 
 
 # ---- modes, states, reasons

@@ -149,8 +149,9 @@ class RecordedCost(CostModel):
             host_s=0.5e-3,
         )
 
-    def observe_verify(self, rows: int, context_tokens: int, seconds: float, draft_context_tokens: int = 0) -> None:
+    def observe_verify(self, rows: int, context_tokens: int, seconds: float, draft_context_tokens: int = 0) -> float:
         """Recorded costs do not change."""
+        return 0.0
 
     def observe_draft(self, sequences: int, seconds: float) -> None:
         """Recorded costs do not change."""
