@@ -373,7 +373,7 @@ def list_of(kind: type[int] | type[float]):
     one = positive(kind)
 
     def parse(text: str) -> list[float]:
-        return [one(part) for part in text.split(",")]
+        return [one(part) for part in text.split(",") if part]
 
     parse.__name__ = f"comma-separated list of {kind.__name__}"
     return parse

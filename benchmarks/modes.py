@@ -1,10 +1,10 @@
 """Does adaptive speculation ever lose? off | fixed | adaptive on one running model, in interleaved slices.
 
-    python -m dspark.benchmarks.modes [--concurrency 1,2,4 ...] [--rates 0.5,2] [--repeats 5] [--temperature 0] [--json OUT]
+    python -m dspark.benchmarks.modes [--concurrency 1,2,4 ...] [--rates 0.5,2] [--slice-s 6] [--repeats 5] [--json OUT]
 
 A slice is one mode under one load; the slices of a repeat run in the order A B C, of the next in C B A, so that drift of the
 machine falls on all alike. All slices of a repeat ask the same prompts; none can hit another's prefix cache. Closed loop: every
-client sends its next request when the last one is answered, and tokens are counted for SLICE_S seconds from the moment
+client sends its next request when the last one is answered, and tokens are counted for --slice-s seconds from the moment
 when all clients have their first token (a batch that is merely run to its end would measure its slowest request). Open loop:
 Poisson arrivals. A ratio is taken within a repeat; the table gives its median and a bootstrap interval. The byte floor of a
 decode step is the bytes of the weights over the read bandwidth that one thread measured just before.
@@ -34,9 +34,6 @@ from dspark.engine import Engine, EngineConfig, Phase, Request, SamplingParams, 
 
 Mode = Literal["off", "fixed", "adaptive"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-SLICE_S = 6.0
-"""Seconds that a slice counts tokens (closed loop), or in which requests arrive (open loop)."""
-
 Answers = dict[tuple[int, ...], tuple[int, ...]]
 """Prompt → all tokens of its answer, or as many as a client had read."""
 
@@ -73,8 +70,12 @@ class Slice:
 class Slices:
     """Runs slices on one engine."""
 
-    def __init__(self, engine: Engine, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
+    def __init__(
+        self, engine: Engine, prompts: Sequence[tuple[int, ...]], params: SamplingParams, slice_s: float
+    ) -> None:
+        """slice_s: how long a slice counts tokens (closed loop), or requests arrive (open loop)."""
         self._engine = engine
+        self._slice_s = slice_s
         self._prompts = prompts
         self._params = params
         self._steps: list[StepFacts] = []
@@ -134,7 +135,7 @@ class Slices:
         tasks = [asyncio.create_task(client(index)) for index in range(clients)]
         await asyncio.gather(*(event.wait() for event in started))
         first, started_s = len(self._steps), time.perf_counter()
-        await asyncio.sleep(SLICE_S)
+        await asyncio.sleep(self._slice_s)
         tokens, seconds = sum(s.generated for s in self._steps[first:]), time.perf_counter() - started_s
         for task in tasks:
             task.cancel()
@@ -145,7 +146,7 @@ class Slices:
 
     async def _open(self, rate_per_s: float, repeat: int, salt: bytes, answers: Answers) -> float:
         """Output tokens/s of a request, from its arrival on, averaged over all tokens."""
-        arrivals = list(itertools.takewhile(lambda s: s < SLICE_S, poisson_arrivals_s(rate_per_s, seed=repeat)))
+        arrivals = list(itertools.takewhile(lambda s: s < self._slice_s, poisson_arrivals_s(rate_per_s, seed=repeat)))
         started_s = time.perf_counter()
 
         async def ask(index: int, arrival_s: float) -> tuple[int, float]:
@@ -212,7 +213,7 @@ def table(slices: Sequence[Slice], floor_ms: float) -> str:
 async def measure(args: argparse.Namespace, engine: Engine, prompts: Sequence[tuple[int, ...]]) -> list[Slice]:
     await engine.start()
     params = SamplingParams(temperature=args.temperature, seed=0, max_tokens=args.max_tokens, ignore_eos=True)
-    runner = Slices(engine, prompts, params)
+    runner = Slices(engine, prompts, params, args.slice_s)
     slices: list[Slice] = []
     await runner.run(Load(clients=2), "fixed", -1)  # warm-up
     for load in [Load(clients=n) for n in args.concurrency] + [Load(rate_per_s=r) for r in args.rates]:
@@ -228,7 +229,10 @@ async def measure(args: argparse.Namespace, engine: Engine, prompts: Sequence[tu
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--concurrency", type=list_of(int), default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--rates", type=list_of(float), default=[0.5, 2.0], help="requests per second")
+    parser.add_argument("--rates", type=list_of(float), default=[0.5, 2.0], help="requests per second; may be empty")
+    parser.add_argument(
+        "--slice-s", type=positive(float), default=6.0, help="seconds of a slice; a slow machine needs longer ones"
+    )
     parser.add_argument("--repeats", type=positive(int), default=5)
     parser.add_argument("--max-tokens", type=positive(int), default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
