@@ -8,19 +8,22 @@ from dspark.engine.config import EngineConfig
 from dspark.engine.errors import (
     ConfigError,
     ContextLengthError,
+    DeadlineExceededError,
     EngineClosedError,
     EngineError,
     EngineFailedError,
+    GrammarError,
     QueueFullError,
     RequestError,
 )
 from dspark.engine.facts import EngineGauges, EngineInfo, Phase, PlainReason, Reason, RequestFacts, StepFacts
 from dspark.engine.models.locate import ModelFiles, locate_model
-from dspark.engine.request import FinishReason, Request, SamplingParams, StopCheck, TokenDelta, TokenLogprob
+from dspark.engine.request import FinishReason, Grammar, Request, SamplingParams, StopCheck, TokenDelta, TokenLogprob
 
 __all__ = [
     "ConfigError",
     "ContextLengthError",
+    "DeadlineExceededError",
     "Engine",
     "EngineClosedError",
     "EngineConfig",
@@ -29,6 +32,8 @@ __all__ = [
     "EngineGauges",
     "EngineInfo",
     "FinishReason",
+    "Grammar",
+    "GrammarError",
     "ModelFiles",
     "Phase",
     "PlainReason",

@@ -35,7 +35,10 @@ def count_round(facts: StepFacts, decode: Decode, cut: Reason | None, round_: Ro
     else:
         facts.rounds_without_drafts += 1
     if not decode.proposed:
+        asked = decode.sequence.record.request
         reason = decode.sequence.plain_reason or PlainReason.UNSUPPORTED
+        if not asked.speculates:
+            reason = PlainReason.OFF
         facts.plain_rounds[reason] = facts.plain_rounds.get(reason, 0) + 1
     _add_at(facts.drafted_at, decode.proposed)
     _add_at(facts.verified_at, round_.verified)
@@ -53,6 +56,9 @@ def count_round(facts: StepFacts, decode: Decode, cut: Reason | None, round_: Ro
     request.drafted_tokens += decode.proposed
     request.verified_tokens += round_.verified
     request.accepted_tokens += accepted
+    if decode.draft is not None and decode.draft.predicted:
+        request.accepted_prediction_tokens += accepted
+        request.rejected_prediction_tokens += round_.verified - accepted
 
 
 def _add_at(counts: list[int], length: int) -> None:

@@ -14,8 +14,9 @@ from typing import Self
 
 import numpy as np
 
+from dspark.engine.admission import Admission
 from dspark.engine.config import EngineConfig
-from dspark.engine.errors import EngineClosedError, EngineError, EngineFailedError, QueueFullError
+from dspark.engine.errors import DeadlineExceededError, EngineClosedError, EngineError, EngineFailedError
 from dspark.engine.facts import EngineGauges, EngineInfo, RequestFacts, StepFacts
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.loop import Loop
@@ -28,6 +29,9 @@ from dspark.engine.startup import EngineParts, Progress, start_up
 
 log = logging.getLogger(__name__)
 
+LAST_STEP_S = 10.0
+"""How long a shutdown waits for the step that is running."""
+
 
 class RequestStream:
     """Async iterator over the deltas of one request, and its owner: leaving the context by any door aborts and frees."""
@@ -39,6 +43,8 @@ class RequestStream:
         self._changed = asyncio.Event()
         self._ended = False
         self._error: EngineError | None = None
+        self._on_end: list[Callable[[], None]] = []
+        self._when_freed: list[Callable[[], None]] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -54,7 +60,11 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> TokenDelta:
-        """The next delta of any choice; ends when every choice has finished. Raises EngineFailedError, EngineClosedError."""
+        """The next delta of any choice; ends when every choice has finished.
+
+        Raises EngineFailedError, EngineClosedError, DeadlineExceededError, GrammarError, and QueueFullError where a request
+        of a tenant with fewer waiting ones took the place of this one, which had not started.
+        """
         while not self._deltas:
             if self._error is not None:
                 raise self._error
@@ -70,6 +80,25 @@ class RequestStream:
         self._ended = self._ended or ended
         self._error = self._error or error
         self._changed.set()
+        if self._ended:
+            for call in self._on_end:
+                call()
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Call when the last delta or an error has come, perhaps more than once."""
+        self._on_end.append(call)
+
+    def when_freed(self, call: Callable[[], None]) -> None:
+        """Call once the request holds no K/V any more: now, if that is so already."""
+        if self.facts.finished_s is not None:
+            call()
+        else:
+            self._when_freed.append(call)
+
+    def freed(self) -> None:
+        """Called by the engine, once."""
+        for call in self._when_freed:
+            call()
 
 
 class Engine:
@@ -86,18 +115,25 @@ class Engine:
             config.max_num_batched_tokens,
             parts.stop_token_ids,
         )
-        self._config = config
+        self.stalls = 0
+        """Times that there was work and no step ended for `EngineConfig.stall_timeout_s`."""
+        self.hung = False
+        """A shutdown could not wait any longer for the step that was running: its thread is still there."""
+        self._admission = Admission(self.scheduler.waiting, config.max_queued_requests, config.max_queued_tokens)
+        self._stall_timeout_s = config.stall_timeout_s
         self._worker = worker
-        self._loop = Loop(self.scheduler, parts.controller, parts.runner, worker, self._deliver)
+        self._loop = Loop(
+            self.scheduler, parts.controller, parts.runner, worker, self._deliver, self._report, self._fail_requests
+        )
+        self._busy_since_s = 0.0
         self._streams: dict[int, RequestStream] = {}
         self._next_id = 0
-        self._waiting_requests = 0
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
         self._failure: BaseException | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -112,27 +148,51 @@ class Engine:
         return cls(config, parts, worker)
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="engine loop")
+        self._tasks.append(asyncio.create_task(self._run(), name="engine loop"))
+        self._tasks.append(asyncio.create_task(self._watch(), name="engine watchdog"))
 
     @property
     def failed(self) -> bool:
+        """The engine has given up and answers nothing any more."""
         return self._failure is not None
 
-    def submit(self, request: Request) -> RequestStream:
-        """Queue a request. Raises RequestError, QueueFullError, EngineClosedError or EngineFailedError before any work."""
+    @property
+    def stalled(self) -> bool:
+        """There is work, and no step has ended for `EngineConfig.stall_timeout_s`. It may still come back."""
+        since_s = max(self._loop.last_step_s, self._busy_since_s)
+        return not self._idle.is_set() and time.monotonic() - since_s > self._stall_timeout_s
+
+    def check_admission(self, cache_salt: bytes = b"") -> None:
+        """Would any request of this salt's be refused? Costs next to nothing: ask before preparing one.
+
+        Raises QueueFullError, EngineClosedError or EngineFailedError.
+        """
         if self._failure is not None:
             raise EngineFailedError("the engine has failed and takes no requests") from self._failure
         if self._closing:
             raise EngineClosedError("the server is shutting down and takes no new requests")
+        self._admission.check(cache_salt)
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queue a request.
+
+        Raises RequestError, QueueFullError, EngineClosedError or EngineFailedError before any work.
+        """
+        self.check_admission(request.cache_salt)
         check_request(request, self.info)
-        waiting = self._count_waiting()
-        if waiting >= self._config.max_queued_requests:
-            raise QueueFullError(waiting, self._config.max_queued_requests)
+        displaced = self._admission.admit(request.cache_salt, len(request.prompt_token_ids))
         record = self._record(request)
+        if displaced is not None:
+            self._cut_short(displaced, self._admission.refusal(1))
         stream = RequestStream(record.facts, lambda: self._abort(record))
+        record.on_freed = stream.freed
         self._streams[id(record)] = stream
         self.scheduler.add(record)
-        self._idle.clear()
+        if request.deadline_s is not None:
+            self._end_at(request.deadline_s, record, stream)
+        if self._idle.is_set():
+            self._busy_since_s = time.monotonic()
+            self._idle.clear()
         self._wake.set()
         return stream
 
@@ -157,22 +217,46 @@ class Engine:
             self._next_id += 1
         return record
 
-    def _count_waiting(self) -> int:
-        """Requests that have not been scheduled yet."""
-        return sum(s.record.facts.scheduled_s is None for s in self.scheduler.waiting)
-
     def _abort(self, record: RequestRecord) -> None:
         self.scheduler.abort(record)
         self._end_if_finished(record)
         self._wake.set()
 
+    def _end_at(self, deadline_s: float, record: RequestRecord, stream: RequestStream) -> None:
+        left_s = deadline_s - time.monotonic()
+
+        def expire() -> None:
+            self._cut_short(record, DeadlineExceededError("the request was not finished by its deadline"))
+
+        if left_s <= 0.0:
+            expire()
+        else:  # between steps or while one runs, which may take long
+            stream.on_end(asyncio.get_running_loop().call_later(left_s, expire).cancel)
+
+    def _cut_short(self, record: RequestRecord, error: EngineError) -> None:
+        """End the request with an error, and free what it holds within one step."""
+        stream = self._streams.get(id(record))
+        if stream is not None:
+            stream.push([], ended=True, error=error)
+        self._abort(record)
+
+    async def _watch(self) -> None:
+        """Count and log stalls, each once. The event loop is free while the worker hangs."""
+        reported = False
+        while True:
+            await asyncio.sleep(self._stall_timeout_s / 8)
+            if self.stalled and not reported:
+                self.stalls += 1
+                log.error("there is work, and no step has ended for %g s", self._stall_timeout_s)
+            reported = self.stalled
+
     async def _run(self) -> None:
-        """Step while there is work; a step that raises ends every stream."""
+        """Step while there is work. Failed steps are the loop's affair; what it lets through ends every stream."""
         while True:
             try:
                 worked = await self._loop.step()
             except Exception as error:  # whatever a step raises, no stream may be left waiting
-                log.exception("an engine step failed")
+                log.exception("the engine has failed")
                 self._fail(error)
                 return
             if not worked:
@@ -182,20 +266,29 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
-        for stream in self._streams.values():
-            failure = EngineFailedError("the engine failed while it worked on this request")
-            failure.__cause__ = error
-            stream.push([], ended=True, error=failure)
-        self._streams.clear()
+        self._end_streams([*self._streams], error)
         self._idle.set()
 
-    def _deliver(self, touched: list[RequestRecord], facts: StepFacts) -> None:
+    def _fail_requests(self, records: list[RequestRecord], error: Exception) -> None:
+        self._end_streams([id(record) for record in records], error)
+
+    def _end_streams(self, keys: list[int], error: Exception) -> None:
+        for key in keys:
+            stream = self._streams.pop(key, None)
+            if stream is not None:
+                failure = EngineFailedError("a step failed while this request was in it")
+                failure.__cause__ = error
+                stream.push([], ended=True, error=failure)
+
+    def _deliver(self, touched: list[RequestRecord]) -> None:
         for record in touched:
             stream = self._streams.get(id(record))
             if stream is not None:
                 deltas, record.deltas = record.deltas, []
-                stream.push(deltas, ended=False)
+                stream.push(deltas, ended=False, error=record.failure)
             self._end_if_finished(record)
+
+    def _report(self, facts: StepFacts) -> None:
         for listener in self.on_step:
             listener(facts)
 
@@ -213,9 +306,9 @@ class Engine:
         return EngineGauges(
             requests_running=len({id(s.record) for s in running}),
             sequences_running=len(running),
-            requests_waiting=self._count_waiting(),
-            waiting_limit=self._config.max_queued_requests,
-            prompt_tokens_waiting=sum(len(s.tokens) for s in waiting),
+            requests_waiting=waiting.requests,
+            waiting_limit=self._admission.max_requests,
+            prompt_tokens_waiting=waiting.prompt_tokens,
             verify_queue_requests=len(waiting),
             verify_queue_tokens=self.scheduler.queue_tokens,
             blocks_used=cache.used,
@@ -224,6 +317,12 @@ class Engine:
             controller_state=controller.state,
             load_ratio=controller.load_ratio,
             cost_model_s={top: float(controller.cost.verify_s(top)) for top in tops},
+            prompt_tokens_waiting_limit=self._admission.max_prompt_tokens,
+            last_step_unix_s=self._loop.last_step_unix_s,
+            stalls_total=self.stalls,
+            failed_steps_total=self._loop.failed_steps,
+            out_of_memory_retries_total=self._loop.out_of_memory_retries,
+            step_tokens_limit=self.scheduler.step_tokens,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -234,18 +333,21 @@ class Engine:
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            for stream in list(self._streams.values()):
-                stream.push([], ended=True, error=EngineClosedError("the server is shutting down"))
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-                self._abort(sequence.record)
-            await self._idle.wait()
+                self._cut_short(sequence.record, EngineClosedError("the server is shutting down"))
+            try:
+                await asyncio.wait_for(self._idle.wait(), LAST_STEP_S)
+            except TimeoutError:
+                self.hung = True
+                log.error("the step that was running did not end within %g s", LAST_STEP_S)
             return False
         return True
 
     async def close(self) -> None:
         """Stop at once: every open stream ends with EngineClosedError."""
-        await self.drain(0.0)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._worker.shutdown()
+        if not self.hung:
+            await self.drain(0.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._worker.shutdown(wait=not self.hung)

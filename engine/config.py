@@ -34,6 +34,11 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Memory for target and drafter K/V; None: a quarter of the free memory, at most 4 GiB."""
     max_queued_requests: int = 256
+    """Requests that may wait to be started."""
+    max_queued_tokens: int = 262_144
+    """Prompt tokens of the requests that wait; one request may always wait, however long it is."""
+    stall_timeout_s: float = 60.0
+    """With work here and no step ended for so long, the engine counts as stalled."""
     num_speculative_tokens: int | None = None
     """Longest draft γ; None: what the drafter was trained for (lookup: 7)."""
     speculation: SpeculationMode = "adaptive"

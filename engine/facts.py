@@ -18,7 +18,7 @@ class Reason(StrEnum):
     KV = "kv"  # no KV blocks for it
     GRAMMAR = "grammar"  # the draft is illegal from here on
     LENGTH = "length"  # max_tokens or the context ends before
-    PROBE_OFF = "probe_off"  # drafted only as a probe in zero-draft mode
+    PROBE_OFF = "probe_off"  # a probe: drafted in zero-draft mode, or left out to see what a plain step takes
     OFF = "off"  # speculation is off
 
 
@@ -113,6 +113,12 @@ class EngineGauges:
     controller_state: str  # off | full | limited | minimal | plain
     load_ratio: float
     cost_model_s: dict[int, float]  # predicted verify time by batch tokens
+    prompt_tokens_waiting_limit: int = 0
+    last_step_unix_s: float = 0.0  # when the last step ended; 0: none has
+    stalls_total: int = 0  # times there was work and no step ended for `stall_timeout_s`
+    failed_steps_total: int = 0
+    out_of_memory_retries_total: int = 0
+    step_tokens_limit: int = 0  # rows of one step, fewer for a while after one ran out of memory
 
 
 @dataclass(slots=True)
@@ -121,6 +127,7 @@ class RequestFacts:
 
     prompt_tokens: int
     arrived_s: float
+    cancelled_s: float | None = None  # aborted before it had finished; its K/V were freed at finished_s
     cached_tokens: int = 0
     generated_tokens: int = 0
     scheduled_s: float | None = None
@@ -131,6 +138,8 @@ class RequestFacts:
     drafted_tokens: int = 0
     verified_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_prediction_tokens: int = 0  # verified drafts that came from the request's predicted tokens
+    rejected_prediction_tokens: int = 0
     preemptions: int = 0
 
 
@@ -154,3 +163,4 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     row_invariant: bool  # the start-up self-test passed
     load_seconds: dict[str, float]  # phase -> time; phases: target_weights, draft_weights, kv_alloc, warmup, profile
+    verification: str = "coupled"

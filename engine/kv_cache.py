@@ -102,6 +102,10 @@ class KVCache:
             self._by_name[name] = block
             self._names[block] = name
 
+    def unnamed(self, blocks: Sequence[int]) -> list[int]:
+        """Those of `blocks` that no prompt can find."""
+        return [block for block in blocks if block not in self._names]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each; the last one makes a block cached (named) or free. The end is evicted first."""
         for block in reversed(blocks):
@@ -118,9 +122,14 @@ class KVCache:
         for table in held:
             for block in table:
                 expected[block] += 1
-        assert self._references == expected, "reference counts differ from the sequences' block tables"
         idle = [block for block, count in enumerate(expected) if count == 0]
-        assert sorted([*self._free, *self._cached]) == idle, "a block without references is neither free nor cached"
-        assert all(self._by_name[name] == block for block, name in self._names.items()), "names do not match"
-        assert len(self._by_name) == len(self._names)
-        assert all(block in self._names for block in self._cached), "a cached block has no name"
+        promises = {
+            "reference counts differ from the sequences' block tables": self._references == expected,
+            "a block without references is neither free nor cached": sorted([*self._free, *self._cached]) == idle,
+            "names do not match": self._by_name == {name: block for block, name in self._names.items()},
+            "two blocks have one name": len(self._by_name) == len(self._names),
+            "a cached block has no name": self._names.keys() >= self._cached.keys(),
+        }
+        for broken, kept in promises.items():
+            if not kept:  # no assert statement: the pool is checked after a failed step, also under `python -O`
+                raise AssertionError(broken)

@@ -5,10 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 StopCheck = Callable[[Sequence[int]], int | None]
 """Called in order with each batch of new token ids of one choice; returns how many of *these* ids are kept
 (0..len) when the text must end here, else None. The engine then finishes the choice with `FinishReason.STOP`."""
+
+
+class Grammar(Protocol):
+    """Which tokens the text of one choice may go on with. Used by one thread, the engine's worker.
+
+    The end-of-text tokens belong to it: they are allowed exactly where the text may end.
+    """
+
+    def mask(self) -> NDArray[np.int32]:
+        """The allowed next tokens as bits, [ceil(vocab / 32)]: token t is bit t % 32 of word t // 32."""
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        """Take in tokens up to the first that is not allowed; returns how many were taken in."""
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens taken in."""
 
 
 class FinishReason(StrEnum):
@@ -59,8 +79,25 @@ class Request:
     n: int = 1
     make_stop_check: Callable[[], StopCheck] | None = None
     """Makes one StopCheck per choice; it runs on the event loop, inside the step's commit."""
+    make_grammar: Callable[[], Grammar] | None = None
+    """Makes the Grammar of one choice, at its beginning and again after a preemption; it runs in the engine's worker."""
+    predicted_token_ids: tuple[int, ...] = ()
+    """What the output is expected to be, drafted from at no cost where it fits; never changes the output."""
+    speculate: bool = True
+    """False: nothing is drafted or verified for this request."""
+    max_draft_tokens: int | None = None
+    """Most tokens of a draft block, 0..γ; None: all."""
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between requests with the same salt (one per tenant)."""
+    priority: int = 0
+    """Lower runs first, -100..100. Among equals the engine shares fairly between salts; it never changes the output."""
+    deadline_s: float | None = None
+    """When the answer is of no use any more, of `time.monotonic()`: the request then ends with DeadlineExceededError."""
+
+    @property
+    def speculates(self) -> bool:
+        """Whether drafts may be verified for it."""
+        return self.speculate and self.max_draft_tokens != 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
     """Raise RequestError for whatever can never run."""
     _check_prompt(request, info)
     _check_range("n", request.n, 1, MOST_CHOICES)
+    _check_range("priority", request.priority, -100, 100)
     params = request.sampling
     _check_range("temperature", params.temperature, 0.0, 2.0)
     _check_range("top_p", params.top_p, 0.0, 1.0, above=True)
@@ -40,11 +41,26 @@ def check_request(request: Request, info: EngineInfo) -> None:
         _check_range("logit_bias", bias, -100.0, 100.0)
     for token in params.stop_token_ids:
         _check_range("stop_token_ids", token, 0, info.vocab_size - 1)
+    for token in request.predicted_token_ids:
+        _check_range("predicted_token_ids", token, 0, info.vocab_size - 1)
+    if request.max_draft_tokens is not None:
+        _check_range("max_draft_tokens", request.max_draft_tokens, 0, info.max_draft_tokens)
+    if request.make_grammar is not None:
+        _check_grammar(request, info)
     if params.max_tokens is not None and params.max_tokens < 1:
         raise RequestError("max_tokens", f"`max_tokens` must be at least 1, given {params.max_tokens}")
     limit = output_limit(request, info)
     if not 0 <= params.min_tokens <= limit:
         raise RequestError("min_tokens", f"`min_tokens` must be in 0..{limit}, given {params.min_tokens}")
+
+
+def _check_grammar(request: Request, info: EngineInfo) -> None:
+    if info.verification != "coupled":
+        raise RequestError(
+            "make_grammar", f"grammars need `coupled` verification, and this server runs with `{info.verification}`"
+        )
+    if request.sampling.ignore_eos:
+        raise RequestError("ignore_eos", "`ignore_eos` must be false with a grammar, which ends by an end of text")
 
 
 def _check_prompt(request: Request, info: EngineInfo) -> None:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from dspark.engine.calibration import CalibrationTable
 from dspark.engine.config import VerificationMode
-from dspark.engine.drafters.drafter import Drafter, DraftRow
+from dspark.engine.drafters.drafter import PREDICTION, Drafter, DraftRow
+from dspark.engine.errors import GrammarError
+from dspark.engine.grammar import GrammarProgress
 from dspark.engine.kv_cache import BLOCK_SIZE
 from dspark.engine.load_controller import Allocation, fill_budget
 from dspark.engine.models.decoder import Decoder, FlatBatch
@@ -31,7 +33,10 @@ _NO_TOKENS = np.empty(0, np.int64)
 
 @dataclass(slots=True)
 class SequenceState:
-    """The runner's record of a sequence. tokens: [capacity], the first `length` are prompt and output."""
+    """The runner's record of a sequence. tokens: [capacity], the first `length` are prompt and output.
+
+    failure: the grammar broke down, so the sequence has no next token.
+    """
 
     sampling: SamplingState
     tokens: NDArray[np.int64]
@@ -40,6 +45,28 @@ class SequenceState:
     drafts: NDArray[np.int64] = field(default_factory=lambda: _NO_TOKENS)
     survival: NDArray[np.float32] | None = None
     draft_probs: torch.Tensor | None = None  # [γ, vocab], rejection mode
+    predicted: NDArray[np.int64] = field(default_factory=lambda: _NO_TOKENS)
+    grammar: GrammarProgress | None = None
+    failure: GrammarError | None = None
+
+    def allowed(self, count: int) -> Items[NDArray[np.bool_] | None]:
+        """What the grammar allows after each of the first 0..count drafts; None: everything."""
+        if self.grammar is not None and self.failure is None:
+            try:
+                return self.grammar.allowed(self.drafts[:count].tolist())
+            except GrammarError as error:
+                self.failure = error
+        return [None] * (count + 1)
+
+    def legal(self, drafts: NDArray[np.int64]) -> int:
+        """How many of the drafts the grammar allows; all of them without one."""
+        if self.grammar is None:
+            return len(drafts)
+        try:
+            return self.grammar.legal(drafts.tolist())
+        except GrammarError as error:
+            self.failure = error
+            return 0
 
     def append(self, tokens: Items[int]) -> None:
         if self.length + len(tokens) > self.tokens.size:
@@ -47,6 +74,11 @@ class SequenceState:
         self.tokens[self.length : self.length + len(tokens)] = tokens
         self.length += len(tokens)
         self.sampling.append(tokens)
+        if self.grammar is not None:
+            try:
+                self.grammar.append(tokens)
+            except GrammarError as error:
+                self.failure = error
 
 
 class Runner:
@@ -88,7 +120,7 @@ class Runner:
             self.drafter.observe(features, flat.positions, flat.slots)
         inject_s = time.perf_counter()
         chosen = self._to_draft(batch, allocation)
-        drafts = self._draft(chosen, self._free(batch, allocation, chosen), calibration)
+        drafts = self._undrafted(batch) | self._draft(chosen, self._free(batch, allocation, chosen), calibration)
         return StepResult(
             rounds=rounds,
             first_rounds=first_rounds,
@@ -103,9 +135,12 @@ class Runner:
 
     def _update_states(self, batch: Batch) -> None:
         for sequence_id in batch.ended:
-            state = self._states.pop(sequence_id)
-            self._noise.forget(state.sampling.noise_key)
+            state = self._states.pop(sequence_id, None)
+            if state is not None:  # a step that failed may not have come to start it, or have ended it already
+                self._noise.forget(state.sampling.noise_key)
             self.drafter.forget(sequence_id)
+        if batch.wiped:
+            self.decoder.clear_blocks(batch.wiped)
         for sequence in batch.started:
             self._states[sequence.id] = self._new_state(sequence)
         for sequence in batch.sequences:
@@ -114,7 +149,8 @@ class Runner:
                 state.block_table = np.array(sequence.blocks, np.int32)
 
     def _new_state(self, sequence: Sequence) -> SequenceState:
-        params = sequence.record.request.sampling
+        request = sequence.record.request
+        params = request.sampling
         model_stops = frozenset() if params.ignore_eos else self._stop_token_ids
         tokens = np.array(sequence.tokens, np.int64)
         sampling = SamplingState(
@@ -124,8 +160,15 @@ class Runner:
             model_stops | frozenset(params.stop_token_ids),
             self._noise.vocab_size,
         )
-        sampling.append(sequence.tokens[sequence.prompt_len :])
-        return SequenceState(sampling, tokens, len(tokens))
+        output = sequence.tokens[sequence.prompt_len :]
+        sampling.append(output)
+        state = SequenceState(sampling, tokens, len(tokens), predicted=np.array(request.predicted_token_ids, np.int64))
+        if request.make_grammar is not None:
+            try:
+                state.grammar = GrammarProgress(request.make_grammar, output, sampling.stop_ids, self._noise.vocab_size)
+            except GrammarError as error:
+                state.failure = error
+        return state
 
     def _draft_lengths(self, batch: Batch, allocation: Allocation) -> NDArray[np.int32]:
         """How many drafts of each decode are verified, [decodes]."""
@@ -170,14 +213,12 @@ class Runner:
         self, batch: Batch, lengths: NDArray[np.int32], logits: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[list[Round], list[Round]]:
         """Accept drafts and add the target's own token, for every decode and every prefill that ends."""
-        ends = [prefill.sequence for prefill in batch.prefills if prefill.ends]
-        sequences = [*(decode.sequence for decode in batch.decodes), *ends]
-        states = [self._states[sequence.id] for sequence in sequences]
-        counts = [*lengths.tolist(), *([0] * len(ends))]
+        states = [self._states[sequence.id] for sequence in _sampled_sequences(batch)]
+        counts = [*lengths.tolist(), *([0] * (len(states) - len(lengths)))]
         rows = [
-            SampleRow(state.sampling, state.length + j, state.drafts[:j])
+            SampleRow(state.sampling, state.length + j, state.drafts[:j], allowed)
             for state, count in zip(states, counts, strict=True)
-            for j in range(count + 1)
+            for j, allowed in enumerate(state.allowed(count))
         ]
         coupled = self._sampler.sample(logits, hidden, rows) if self._verification == "coupled" and rows else _NO_TOKENS
         rounds, start = [], 0
@@ -191,10 +232,14 @@ class Runner:
                 accepted, bonus = self._reject(state, count, logits[block], hidden[block], rows[block])
             tokens = [*state.drafts[:accepted].tolist(), bonus]
             logprobs = self._logprobs(state, logits[block], hidden[block], tokens)
-            state.append(tokens)
+            if state.failure is None:
+                state.append(tokens)
             state.drafts, state.survival, state.draft_probs = _NO_TOKENS, None, None
             self._noise.drop_before(state.sampling.noise_key, state.length)
-            rounds.append(Round(tokens, count, accepted, logprobs))
+            if state.failure is None:
+                rounds.append(Round(tokens, count, accepted, logprobs))
+            else:
+                rounds.append(Round([], count, 0, None, state.failure))
         return rounds[: len(batch.decodes)], rounds[len(batch.decodes) :]
 
     def _reject(
@@ -221,19 +266,25 @@ class Runner:
         return [token_logprobs(row, token, count) for row, token in zip(raw, tokens, strict=True)]
 
     def _to_draft(self, batch: Batch, allocation: Allocation) -> list[Sequence]:
-        """The sequences that the allocation wants drafted and that go on."""
+        """The sequences that the allocation and their requests want drafted and that go on."""
         chosen = [d.sequence for d, wanted in zip(batch.decodes, allocation.draft_next, strict=True) if wanted]
         if allocation.draft_new:
             chosen += [prefill.sequence for prefill in batch.prefills if prefill.ends]
-        return [sequence for sequence in chosen if self._goes_on(sequence)]
+        return [one for one in chosen if one.record.request.speculates and self._goes_on(one)]
 
     def _free(self, batch: Batch, allocation: Allocation, chosen: Items[Sequence]) -> list[Sequence]:
         """The other sequences that go on, where the allocation and the drafter have free drafts for them."""
-        if not allocation.draft_free or not self.drafter.proposes_free:
+        if not allocation.draft_free:
             return []
-        running = [decode.sequence for decode in batch.decodes] + [p.sequence for p in batch.prefills if p.ends]
         drafted = {sequence.id for sequence in chosen}
-        return [sequence for sequence in running if sequence.id not in drafted and self._goes_on(sequence)]
+        return [
+            sequence
+            for sequence in _sampled_sequences(batch)
+            if (self.drafter.proposes_free or sequence.record.request.predicted_token_ids)
+            and sequence.id not in drafted
+            and sequence.record.request.speculates
+            and self._goes_on(sequence)
+        ]
 
     def _draft(
         self, chosen: Items[Sequence], free: Items[Sequence], calibration: CalibrationTable
@@ -254,6 +305,8 @@ class Runner:
                     noise_key=state.sampling.noise_key,
                     block_table=state.block_table,
                     free_only=i >= paid,
+                    prompt_length=sequence.prompt_len,
+                    predicted=state.predicted,
                 )
                 for i, (sequence, state) in enumerate(zip(chosen, states, strict=True))
             ]
@@ -261,25 +314,52 @@ class Runner:
         sampled = np.array([state.sampling.temperature > 0 for state in states])
         source = np.zeros(len(chosen), np.int8) if draft.source is None else draft.source
         survival = calibration.survival(draft.confidence, sampled, source)
-        lengths = np.minimum(draft.lengths, self._max_draft_tokens)
-        survival[np.arange(survival.shape[1]) >= lengths[:, None]] = 0.0
+        lengths = np.minimum(draft.lengths, [self._longest(sequence) for sequence in chosen])
         drafts = {}
         for i, (sequence, state) in enumerate(zip(chosen, states, strict=True)):
             proposed = int(lengths[i])
             if proposed:
-                state.drafts, state.survival = draft.tokens[i, :proposed], survival[i]
+                # what cannot be accepted is cut here, so that no row is ever priced or spent for it
+                legal = state.legal(draft.tokens[i, :proposed])
+                survival[i, legal:] = 0.0
+                state.drafts, state.survival = draft.tokens[i, :legal], survival[i]
                 state.draft_probs = None if draft.probs is None else draft.probs[i]
                 drafts[sequence.id] = NextDraft(
-                    proposed, draft.confidence[i], survival[i], int(source[i]), free=i >= paid
+                    proposed,
+                    draft.confidence[i],
+                    survival[i],
+                    int(source[i]),
+                    free=i >= paid,
+                    predicted=self.drafter.sources[source[i]] == PREDICTION,
+                    legal=None if state.grammar is None else legal,
                 )
         return drafts
+
+    def _undrafted(self, batch: Batch) -> dict[int, NextDraft]:
+        """Empty blocks that cost nothing for requests without speculation: they say nothing about the drafter."""
+        nothing = np.zeros(self.drafter.block_size, np.float32)
+        return {
+            sequence.id: NextDraft(0, nothing, nothing, free=True)
+            for sequence in _sampled_sequences(batch)
+            if not sequence.record.request.speculates
+        }
+
+    def _longest(self, sequence: Sequence) -> int:
+        """Drafts kept of the sequence's block."""
+        own = sequence.record.request.max_draft_tokens
+        return self._max_draft_tokens if own is None else min(own, self._max_draft_tokens)
 
     def _goes_on(self, sequence: Sequence) -> bool:
         """No length limit and no end-of-text token was reached (a stop string may still end it: that is known to the host)."""
         state = self._states[sequence.id]
         new = state.tokens[len(sequence.tokens) : state.length].tolist()
         within = state.length - sequence.prompt_len < sequence.max_tokens
-        return within and state.sampling.stop_ids.isdisjoint(new)
+        return state.failure is None and within and state.sampling.stop_ids.isdisjoint(new)
+
+
+def _sampled_sequences(batch: Batch) -> list[Sequence]:
+    """All decodes, then each prefill that ends."""
+    return [*(decode.sequence for decode in batch.decodes), *(p.sequence for p in batch.prefills if p.ends)]
 
 
 def _sampled_rows(batch: Batch, lengths: NDArray[np.int32]) -> NDArray[np.int64]:

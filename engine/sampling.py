@@ -1,7 +1,8 @@
 """From the head's output to the logits that are sampled from: processors per row, each with the context of its row.
 
 Row j of a verify block is sampled as if the sequence ended with drafts 1..j, so penalties count those drafts and the
-minimum length knows its position. Draft logits are never touched: processors act on the target's alone.
+minimum length knows its position. Draft logits are never touched: processors act on the target's alone. A grammar's mask
+comes first of all: what it forbids can neither be sampled nor decide what else is worth computing in fp32.
 """
 
 from __future__ import annotations
@@ -61,13 +62,17 @@ class SamplingState:
     def process(self, logits: NDArray[np.float32], position: int, drafts: NDArray[np.int64]) -> None:
         """Apply bias, minimum length and penalties in place to the row that samples the token at `position`.
 
-        logits: [vocab]; drafts: the drafts before that position in this block, as if they were output.
+        logits: [vocab], -inf where a grammar forbids the token; drafts: the drafts before that position in this block, as
+        if they were output. Where a grammar lets the text do nothing but end, it ends before its minimum length.
         """
         params = self.params
         if self._bias_ids.size:
             logits[self._bias_ids] += self._bias
         if position - self._prompt_len < params.min_tokens:
+            ends = logits[self._masked]
             logits[self._masked] = -np.inf
+            if logits.max() == -np.inf:
+                logits[self._masked] = ends
         if self._output_counts is None:
             return
         counts = self._output_counts
@@ -84,11 +89,20 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of head output: it samples the token at `position`, after `drafts` of the same block."""
+    """One row of head output: it samples the token at `position`, after `drafts` of the same block.
+
+    allowed: [vocab], the tokens that a grammar allows there; None: all.
+    """
 
     state: SamplingState
     position: int
     drafts: NDArray[np.int64]
+    allowed: NDArray[np.bool_] | None = None
+
+    @property
+    def plain_greedy(self) -> bool:
+        """The token is the argmax of the raw logits."""
+        return self.allowed is None and self.state.plain_greedy
 
 
 class Sampler:
@@ -100,13 +114,13 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[SampleRow]) -> NDArray[np.int64]:
         """logits: [rows, vocab], hidden: [rows, hidden size], in the model's dtype → the target's tokens [rows]."""
-        plain = [i for i, row in enumerate(rows) if row.state.plain_greedy]
+        plain = [i for i, row in enumerate(rows) if row.plain_greedy]
         if len(plain) == len(rows):
             return argmax_rows(logits, hidden, self._head_weight)
         tokens = np.empty(len(rows), np.int64)
         if plain:
             tokens[plain] = argmax_rows(logits[plain], hidden[plain], self._head_weight)
-        others = [i for i, row in enumerate(rows) if not row.state.plain_greedy]
+        others = [i for i, row in enumerate(rows) if not row.plain_greedy]
         chosen = [rows[i] for i in others]
         params = [row.state.params for row in chosen]
         tokens[others] = sample_rows(
@@ -121,17 +135,26 @@ class Sampler:
 
     def processed(self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[SampleRow]) -> NDArray[np.float32]:
         """fp32 logits after every processor, before the temperature: [rows, vocab]."""
-        values = self.raw(logits, hidden)
+        values = self.raw(logits, hidden, [row.allowed for row in rows])
         for row, one in zip(values, rows, strict=True):
             one.state.process(row, one.position, one.drafts)
         return values
 
-    def raw(self, logits: torch.Tensor, hidden: torch.Tensor) -> NDArray[np.float32]:
-        """fp32 logits [rows, vocab], those that matter computed in fp32 where the head gives bfloat16."""
+    def raw(
+        self, logits: torch.Tensor, hidden: torch.Tensor, allowed: Sequence[NDArray[np.bool_] | None] = ()
+    ) -> NDArray[np.float32]:
+        """fp32 logits [rows, vocab], those that matter computed in fp32 where the head gives bfloat16.
+
+        allowed: per row, None where all tokens are; the others' logits are -inf.
+        """
         values: NDArray[np.float32] = logits.float().numpy()
         if logits.dtype == torch.float32:
-            return values.copy()
-        refine_logits(values, hidden.contiguous(), self._head_weight)
+            values = values.copy()
+        for row, mask in zip(values, allowed, strict=False):
+            if mask is not None:
+                row[~mask] = -np.inf
+        if logits.dtype != torch.float32:
+            refine_logits(values, hidden.contiguous(), self._head_weight)
         return values
 
     def _noise_of(self, rows: Sequence[SampleRow]) -> NDArray[np.float32]:

@@ -1,16 +1,19 @@
 """Who runs in a step, and what a step's result means for each sequence.
 
 Token budget of a step, in this order: anchors, prefill chunks, drafts. Blocks: a sequence is admitted with blocks for all its
-tokens; while decoding it grows by a block at a time. When none is left, drafts are shortened first, then the newest sequence
-is preempted: it gives its blocks back and later recomputes what is no longer in the prefix cache. The oldest sequence can
-always run, since a request that could not run alone is refused at submit.
+tokens; while decoding it grows by a block at a time. When none is left, drafts are shortened first, then the least urgent
+sequence is preempted, the newest of these first: it gives its blocks back and later recomputes what is no longer in the prefix
+cache. The oldest of the most urgent can always run, since a request that could not run alone is refused at submit.
+
+A step that fails takes its requests with it. Whatever it wrote lies behind what its sequences had computed, in blocks that
+are theirs alone: only full blocks of computed, committed tokens are shared. One that ran out of memory is planned again, in
+smaller steps, from its sequences' committed tokens.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
-from collections import deque
 
 from dspark.engine.accounting import count_round
 from dspark.engine.facts import Reason, StepFacts
@@ -18,20 +21,28 @@ from dspark.engine.kv_cache import BLOCK_SIZE, KVCache, blocks_for
 from dspark.engine.load_controller import Allocation
 from dspark.engine.request import FinishReason, TokenDelta
 from dspark.engine.sequence import Batch, Decode, Prefill, RequestRecord, Round, Sequence, Status, StepResult
+from dspark.engine.waiting_queue import WaitingQueue, rank
+
+GOOD_STEPS = 64
+"""After so many steps that did not run out of memory a limit that was lowered is doubled."""
 
 
 class Scheduler:
-    """One thread. `schedule` and `commit` alternate; `add` and `abort` may come in between."""
+    """One thread. `schedule` and one of `commit`, `retry` and `fail` alternate; `add` and `abort` may come in between."""
 
     def __init__(
         self, kv_cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, stop_token_ids: frozenset[int]
     ) -> None:
         """stop_token_ids: the model's own ends of text."""
         self.kv_cache = kv_cache
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # most urgent first, then in order of arrival
+        self.step_tokens = max_num_batched_tokens
+        """Rows of one step, at most; fewer for a while after a step ran out of memory."""
         self._max_num_seqs = max_num_seqs
         self._max_tokens = max_num_batched_tokens
+        self._good_steps = 0
+        self._wiped: list[int] = []
         self._stop_token_ids = stop_token_ids
         self._ended: list[int] = []
         self._preemptions = 0
@@ -48,32 +59,38 @@ class Scheduler:
 
     def add(self, record: RequestRecord) -> None:
         """Queue the request's first sequence; the others follow when its prompt is in the prefix cache."""
-        self.waiting.append(record.sequences[0])
+        self.waiting.add(record.sequences[0])
 
     def abort(self, record: RequestRecord) -> None:
         """Free the request's sequences: at once, or those in flight when their step is committed."""
+        if not record.finished and not record.aborted:
+            record.facts.cancelled_s = time.monotonic()
         record.aborted = True
-        freed = False
+        if self._end(record) and record.finished:
+            self._cancelled += 1
+
+    def _end(self, record: RequestRecord) -> bool:
+        """Finish the request's sequences that are not in flight; False: there were none."""
+        ended = False
         for sequence in record.sequences:
             if sequence.in_flight or sequence.status is Status.FINISHED:
                 continue
             if sequence.status is Status.WAITING and sequence in self.waiting:
                 self.waiting.remove(sequence)
             self._finish(sequence, FinishReason.ABORT)
-            freed = True
-        if freed and record.finished:
-            self._cancelled += 1
+            ended = True
+        return ended
 
     def schedule(self) -> Batch | None:
         """Plan a step; None when there is nothing to do."""
         decodes = self._plan_anchors()
-        budget = self._max_tokens - len(decodes)
+        budget = self.step_tokens - len(decodes)
         prefills: list[Prefill] = []
         for sequence in [s for s in self.running if not s.decoding]:
             budget -= self._plan_prefill(sequence, budget, prefills)
         started: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
+        slots = min(self._max_num_seqs, self.step_tokens)
+        while self.waiting and budget > 0 and len(self.running) < slots and self._admit(sequence := self.waiting.first):
             started.append(sequence)
             if sequence.decoding:  # preempted at the end of a block, and all its blocks are still cached
                 decodes.append(sequence)
@@ -81,11 +98,14 @@ class Scheduler:
             else:
                 budget -= self._plan_prefill(sequence, budget, prefills)
         if not decodes and not prefills:
+            if not self.has_work:
+                self.waiting.forget_service()
             return None
         planned = [self._plan_drafts(sequence) for sequence in decodes]
         self.queue_tokens = self._queue_tokens(prefills)
         ended, self._ended = self._ended, []
-        batch = Batch(planned, prefills, started, ended, budget, self.queue_tokens, len(self.waiting))
+        wiped, self._wiped = self._wiped, []
+        batch = Batch(planned, prefills, started, ended, budget, self.queue_tokens, len(self.waiting), wiped)
         for sequence in batch.sequences:
             sequence.in_flight = True
         return batch
@@ -110,9 +130,11 @@ class Scheduler:
         return count
 
     def _plan_drafts(self, sequence: Sequence) -> Decode:
-        """Cap the sequence's drafts by what it may still generate and by the blocks that can be had."""
+        """Cap the sequence's drafts by what it may still generate, its grammar, and the blocks that can be had."""
         proposed = 0 if sequence.draft is None else sequence.draft.proposed
         cap, reason = min(proposed, sequence.remaining - 1), Reason.LENGTH
+        if sequence.draft is not None and sequence.draft.legal is not None and sequence.draft.legal < cap:
+            cap, reason = sequence.draft.legal, Reason.GRAMMAR
         if cap and not self._grow(sequence, sequence.computed + 1 + cap):
             cap, reason = len(sequence.blocks) * BLOCK_SIZE - sequence.computed - 1, Reason.KV
         return Decode(sequence, sequence.draft, cap, reason if cap < proposed else None)
@@ -140,16 +162,18 @@ class Scheduler:
         self.kv_cache.share(shared)
         fresh = self.kv_cache.allocate(total - len(shared))
         assert fresh is not None
+        self.waiting.remove(sequence)
         sequence.blocks = shared + fresh
         sequence.computed = len(shared) * BLOCK_SIZE
         sequence.published = len(shared)
         sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=lambda s: s.id)
+        insort(self.running, sequence, key=rank)
         facts = sequence.record.facts
         if facts.scheduled_s is None:
             facts.scheduled_s = time.monotonic()
             facts.cached_tokens = sequence.computed
         if not facts.preemptions:
+            self.waiting.charge(sequence.salt, prompt_tokens=sequence.prefill_left)
             self._prefix_queried += len(sequence.tokens)
             self._prefix_cached += sequence.computed
         return True
@@ -176,7 +200,7 @@ class Scheduler:
         sequence.draft = None
         sequence.status = Status.WAITING
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
         self._ended.append(sequence.id)
         self._preemptions += 1
         sequence.record.facts.preemptions += 1
@@ -209,13 +233,63 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._publish(sequence)
                 self._settle(sequence, result)
+        for record in touched.values():
+            if record.failure is not None:
+                self._end(record)
         for sequence in endings:
             self._start_siblings(sequence)
         self._count_memory(facts)
+        self._grow_steps()
         return list(touched.values())
+
+    def retry(self, batch: Batch) -> bool:
+        """The step ran out of memory: plan its work again, half as much at a time. False: it was one row already."""
+        rows = len(batch.decodes) + batch.prefill_rows + sum(decode.cap for decode in batch.decodes)
+        rows = min(rows, self.step_tokens)
+        if rows <= 1:
+            return False
+        self.step_tokens, self._good_steps = rows // 2, 0
+        self._take_back(batch)
+        for sequence in list(self.running):  # their full blocks stay in the prefix cache
+            self._wiped += self.kv_cache.unnamed(sequence.blocks)
+            if sequence.record.aborted:
+                self._finish(sequence, FinishReason.ABORT)
+                self._cancelled += sequence.record.finished
+            else:
+                self._preempt(sequence)
+        return True
+
+    def fail(self, batch: Batch) -> list[RequestRecord]:
+        """End the requests that were in the step, and check the pool; returns them. Raises AssertionError."""
+        self._take_back(batch)
+        records = list(dict.fromkeys(sequence.record for sequence in batch.sequences))
+        for record in records:
+            for sequence in record.sequences:
+                self._wiped += self.kv_cache.unnamed(sequence.blocks)
+            ended = self._end(record)
+            self._cancelled += ended and record.aborted
+        self.kv_cache.check([sequence.blocks for sequence in self.running])
+        return records
+
+    def _take_back(self, batch: Batch) -> None:
+        """The runner may have seen all of the plan or nothing of it."""
+        self._ended += batch.ended
+        self._wiped += batch.wiped
+        for sequence in batch.sequences:
+            sequence.in_flight = False
+            sequence.draft = None
+
+    def _grow_steps(self) -> None:
+        if self.step_tokens < self._max_tokens:
+            self._good_steps += 1
+            if self._good_steps == GOOD_STEPS:
+                self.step_tokens, self._good_steps = min(2 * self.step_tokens, self._max_tokens), 0
 
     def _append(self, sequence: Sequence, round_: Round) -> int:
         """Append the round's tokens up to a stop; returns how many were kept."""
+        if round_.failure is not None:
+            sequence.record.failure, sequence.record.aborted = round_.failure, True
+            return 0
         stops = sequence.record.request.sampling.stop_token_ids
         ignore_eos = sequence.record.request.sampling.ignore_eos
         tokens, reason = round_.tokens, None
@@ -245,6 +319,7 @@ class Scheduler:
 
     def _note_tokens(self, sequence: Sequence, count: int) -> None:
         facts = sequence.record.facts
+        self.waiting.charge(sequence.salt, output_tokens=count)
         facts.generated_tokens += count
         if facts.first_token_s is None and count:
             facts.first_token_s = time.monotonic()
@@ -262,7 +337,7 @@ class Scheduler:
         """Finish the sequence if it has ended, else keep the block drafted for its next round."""
         if sequence.record.aborted:
             self._finish(sequence, FinishReason.ABORT)
-            if sequence.record.finished:
+            if sequence.record.finished and sequence.record.failure is None:
                 self._cancelled += 1
         elif sequence.finish_reason is not None:
             self._finish(sequence, sequence.finish_reason)
@@ -279,12 +354,15 @@ class Scheduler:
         sequence.draft = None
         if sequence.record.finished:
             sequence.record.facts.finished_s = time.monotonic()
+            if sequence.record.on_freed is not None:
+                sequence.record.on_freed()
 
     def _start_siblings(self, sequence: Sequence) -> None:
         """The first choice's prompt is computed: its other choices start from the prefix cache, ahead of the queue."""
         if sequence.choice == 0 and not sequence.record.siblings_started and not sequence.record.aborted:
             sequence.record.siblings_started = True
-            self.waiting.extendleft(reversed(sequence.record.sequences[1:]))
+            for sibling in sequence.record.sequences[1:]:
+                self.waiting.add(sibling)
 
     def _count_memory(self, facts: StepFacts) -> None:
         facts.prefix_queried, self._prefix_queried = self._prefix_queried, 0

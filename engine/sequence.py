@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark.engine.errors import GrammarError
 from dspark.engine.facts import PlainReason, Reason, RequestFacts
 from dspark.engine.kv_cache import BLOCK_SIZE, block_name
 from dspark.engine.request import FinishReason, Request, StopCheck, TokenDelta, TokenLogprob
@@ -23,7 +25,8 @@ class Status(Enum):
 class NextDraft:
     """The block drafted for a sequence's next round. confidence, survival: [γ] float32; source: see `Draft.source`.
 
-    free: it cost nothing, for the sequence was not chosen to be drafted for.
+    free: it cost nothing, for the sequence was not chosen to be drafted for. predicted: it is of the request's prediction.
+    legal: drafts that the request's grammar allows, 0..proposed; None: it has no grammar.
     """
 
     proposed: int
@@ -31,6 +34,8 @@ class NextDraft:
     survival: NDArray[np.float32]
     source: int = 0
     free: bool = False
+    predicted: bool = False
+    legal: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +48,10 @@ class RequestRecord:
     deltas: list[TokenDelta] = field(default_factory=list)
     aborted: bool = False
     siblings_started: bool = False
+    failure: GrammarError | None = None
+    """What the request ends with, in place of a last delta."""
+    on_freed: Callable[[], None] | None = None
+    """Called once, when no choice holds or will take a block any more."""
 
     @property
     def finished(self) -> bool:
@@ -141,6 +150,8 @@ class Batch:
     draft_room: int
     queue_tokens: int
     waiting_sequences: int
+    wiped: list[int] = field(default_factory=list)
+    """Blocks that a failed step may have left anything in: cleared first, since a masked position takes part as 0 · value."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -161,13 +172,14 @@ class Batch:
 class Round:
     """What the target made of one decode or of a prefill's end (then verified = accepted = 0).
 
-    tokens: accepted drafts, then the bonus token.
+    tokens: accepted drafts, then the bonus token. failure: why there are none and the request must end.
     """
 
     tokens: list[int]
     verified: int
     accepted: int
     logprobs: list[TokenLogprob] | None
+    failure: GrammarError | None = None
 
 
 @dataclass(slots=True)

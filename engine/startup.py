@@ -56,9 +56,11 @@ def check_config(config: EngineConfig) -> None:
         raise ConfigError("device", f"{config.device} is not supported; this version runs on `cpu`")
     if config.threads is not None and not 1 <= config.threads <= cores:
         raise ConfigError("threads", f"{config.threads} is not in 1..{cores}, the processor's cores")
-    for field in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests"):
+    for field in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
         if getattr(config, field) < 1:
             raise ConfigError(field, f"{getattr(config, field)} must be at least 1")
+    if config.stall_timeout_s <= 0:
+        raise ConfigError("stall_timeout", f"{config.stall_timeout_s:g} must be above 0 seconds")
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise ConfigError(
             "max_num_batched_tokens",
@@ -95,7 +97,9 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     decoder = Decoder(spec, load_weights(files.folder, spec, dtype, progress), max_model_len, linear)
     clock.end("target_weights")
     noise = NoiseCache(spec.vocab_size)
-    drafter, calibration = open_drafter(config, decoder, files.name, max_model_len, _draft_noise(config, noise))
+    drafter, calibration = open_drafter(
+        config, decoder, files.name, max_model_len, _draft_noise(config, noise), predictions=True
+    )
     clock.end("draft_weights")
     kv_bytes, num_blocks = _plan_kv(config, decoder, drafter, max_model_len)
     decoder.allocate_kv(num_blocks, BLOCK_SIZE)
@@ -134,6 +138,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
         eos_token_ids=spec.eos_token_ids,
         row_invariant=row_invariant,
         load_seconds=clock.phases,
+        verification=config.verification,
     )
     runner = Runner(decoder, drafter, noise, stop_ids, config.verification, most)
     controller = LoadController(config.speculation, drafter.block_size, cost, calibration)

@@ -7,7 +7,7 @@ exactly when it equals the target's own token), only the speed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,10 @@ Noise = Callable[[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]], tor
 Coupled verification: the noise the target uses at these positions, whatever the round. Rejection: independent of the
 target's noise, and of that of every other round.
 """
+
+
+PREDICTION = "prediction"
+"""Name of the source that proposes what the request predicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +44,16 @@ class Draft:
     source: NDArray[np.int8] | None = None
 
 
+NO_TOKENS = np.empty(0, np.int64)
+
+
 @dataclass(slots=True)
 class DraftRow:
     """One sequence as a drafter sees it: everything up to and including the anchor.
 
     tokens: [position + 1] int64, prompt and output; the last one is the anchor, at `position`.
     temperature: of the request, 0 when greedy.       noise_key: 64-bit key of the sequence's Gumbel noise.
+    prompt_length: tokens of the prompt.              predicted: int64, what the request predicts the output to be.
     """
 
     sequence_id: int
@@ -55,11 +63,13 @@ class DraftRow:
     noise_key: int
     block_table: NDArray[np.int32]
     free_only: bool = False  # propose what costs nothing, or nothing
+    prompt_length: int = 0
+    predicted: NDArray[np.int64] = field(default_factory=lambda: NO_TOKENS)
 
 
 class Drafter(Protocol):
     name: str
-    proposes_free: bool  # there may be something to propose for `free_only` rows
+    proposes_free: bool  # there may be something to propose for `free_only` rows without a prediction
     sources: tuple[str, ...]  # names of the drafters it combines, its own alone if it is one
     block_size: int  # γ, tokens of a full proposal
     feature_layers: tuple[int, ...]  # target layers whose output `observe` wants; empty: none

@@ -67,11 +67,12 @@ class LookupDrafter:
 
     name = "lookup"
     sources: tuple[str, ...] = (name,)
-    proposes_free = False
     feature_layers: tuple[int, ...] = ()
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, proposes_free: bool = False) -> None:
+        """proposes_free: it stands beside a drafter that costs more, so its drafts count as free."""
         self.block_size = block_size
+        self.proposes_free = proposes_free
         self._indexes: dict[int, NgramIndex] = {}
 
     def bytes_per_block(self, block_size: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dspark.engine.calibration import Calibration
 from dspark.engine.config import EngineConfig
+from dspark.engine.drafters.beside import Beside
 from dspark.engine.drafters.checkpoint_config import CheckpointConfig
 from dspark.engine.drafters.draft_checkpoint import (
     EXTRAS_FILE,
@@ -25,7 +26,7 @@ from dspark.engine.drafters.dspark import DSparkDrafter
 from dspark.engine.drafters.eagle3 import open_eagle3
 from dspark.engine.drafters.eagle3_checkpoint import EAGLE3_ARCHITECTURES
 from dspark.engine.drafters.lookup import LookupDrafter
-from dspark.engine.drafters.lookup_beside import LookupBeside
+from dspark.engine.drafters.prediction import PredictionDrafter
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, LinearFactory
 
@@ -37,11 +38,17 @@ _CAUSAL_MODEL = "ForCausalLM"
 
 
 def open_drafter(
-    config: EngineConfig, decoder: Decoder, model_name: str, max_model_len: int, noise: Noise
+    config: EngineConfig,
+    decoder: Decoder,
+    model_name: str,
+    max_model_len: int,
+    noise: Noise,
+    predictions: bool = False,
 ) -> tuple[Drafter, Calibration]:
     """The drafter and what its confidence is worth so far. Raises ConfigError; never falls back.
 
-    model_name: the target's, by which `auto` finds the drafter that is shipped for it.
+    model_name: the target's, by which `auto` finds the drafter that is shipped for it. predictions: what requests predict
+    is proposed too, but not under rejection verification, which forbids to choose between drafts.
     """
     tokens, rejection = config.num_speculative_tokens, config.verification == "rejection"
     if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
@@ -50,15 +57,28 @@ def open_drafter(
     if folder is None:
         if rejection:
             raise ConfigError("verification", "rejection needs a drafter with probabilities; lookup has none")
-        lookup = LookupDrafter(tokens or LOOKUP_TOKENS)
-        return lookup, Calibration(lookup.block_size)
+        return _combine([LookupDrafter(tokens or LOOKUP_TOKENS)], None, predictions)
     if rejection and config.lookup:
         raise ConfigError("lookup", "its choice looks at the drafted tokens, which rejection verification forbids")
     drafter, temperatures = _open_model(folder, config, decoder, max_model_len, noise)
-    if rejection or config.lookup is False:
-        return drafter, Calibration(drafter.block_size, temperatures)
-    calibration = Calibration(drafter.block_size, temperatures, sources=2)
-    return LookupBeside(drafter, LookupDrafter(drafter.block_size), calibration.table), calibration
+    drafters = [drafter]
+    if not (rejection or config.lookup is False):
+        drafters.append(LookupDrafter(drafter.block_size, proposes_free=True))
+    return _combine(drafters, temperatures, predictions and not rejection)
+
+
+def _combine(
+    drafters: list[Drafter], temperatures: tuple[tuple[float, ...], ...] | None, predictions: bool
+) -> tuple[Drafter, Calibration]:
+    """The drafters side by side, the dearest first, and a calibration with a kind for each."""
+    block_size = drafters[0].block_size
+    if predictions:
+        drafters = [*drafters, PredictionDrafter(block_size)]
+    calibration = Calibration(block_size, temperatures, sources=len(drafters))
+    combined = drafters[0]
+    for free in drafters[1:]:
+        combined = Beside(combined, free, calibration.table)
+    return combined, calibration
 
 
 def _shipped_for(model_name: str) -> Path | None:

@@ -119,6 +119,12 @@ class Decoder:
         self._k_caches = [_lazy_zeros(k_shape, self.dtype) for _ in range(self.spec.num_layers)]
         self._v_caches = [_lazy_zeros(v_shape, self.dtype) for _ in range(self.spec.num_layers)]
 
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Zero the K/V of these blocks, whatever was in them."""
+        index = torch.tensor(blocks, dtype=torch.int64)
+        for cache in (*self._k_caches, *self._v_caches):
+            cache[index] = 0
+
     def forward(self, batch: FlatBatch, feature_layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
         """→ final-normed hidden states [rows, hidden], and the outputs of `feature_layers` [rows, layers · hidden]
 

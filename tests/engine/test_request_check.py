@@ -54,6 +54,21 @@ def test_a_value_out_of_range_is_refused_by_name_limit_and_value(param: str, val
     assert [part for part in parts if part not in str(refused.value)] == []
 
 
+REQUEST_OUT_OF_RANGE: list[tuple[str, Any, list[str]]] = [
+    ("predicted_token_ids", (3, 320), ["319", "320"]),
+    ("max_draft_tokens", -1, ["0", "-1"]),
+    ("max_draft_tokens", 8, ["7", "8"]),
+]
+
+
+@pytest.mark.parametrize(("param", "value", "parts"), REQUEST_OUT_OF_RANGE, ids=str)
+def test_a_field_of_the_request_out_of_range_is_refused_likewise(param: str, value: Any, parts: list[str]) -> None:
+    with pytest.raises(RequestError) as refused:
+        check_request(Request((1, 2, 3), **{param: value}), INFO)
+    assert refused.value.param == param
+    assert [part for part in [f"`{param}`", *parts] if part not in str(refused.value)] == []
+
+
 IN_RANGE: dict[str, list[Any]] = {
     "temperature": [0.0, 2.0],
     "top_p": [1e-6, 1.0],

@@ -179,6 +179,61 @@ def test_tokens_follow_the_processed_and_truncated_distribution(params: dict[str
     assert p_value(drawn, target_probabilities(logits, p.temperature, p.top_k, p.top_p, p.min_p)) > 1e-3
 
 
+# Grammar masks
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5, "top_k": 2},
+        {"top_p": 0.75},
+        {"min_p": 0.1, "logit_bias": {1: 3.0}, "frequency_penalty": 1.0},
+        {"min_tokens": 4, "temperature": 1.5},
+    ],
+    ids=str,
+)
+def test_masked_tokens_follow_the_distribution_renormalised_over_what_is_allowed(params: dict[str, Any]) -> None:
+    count = 20_000
+    states = [make_state(key, **params) for key in range(count)]
+    logits = random_logits(3) * np.float32(0.2)
+    allowed = np.zeros(VOCAB_SIZE, np.bool_)
+    allowed[[0, 1, 3, 4, 5, 6, 9]] = True  # 0 ends the text
+    allowed[logits.argmax()] = False
+    rows = [SampleRow(state, 3, NO_DRAFTS, allowed) for state in states]
+    drawn = make_sampler().sample(torch.from_numpy(np.tile(logits, (count, 1))), torch.zeros(count, 16), rows)
+    weights = np.where(allowed, logits, np.float32(-np.inf))
+    states[0].process(weights, 3, NO_DRAFTS)
+    p = states[0].params
+    exact = target_probabilities(weights, p.temperature, p.top_k, p.top_p, p.min_p)
+    assert exact[~allowed].sum() == 0.0
+    assert p_value(np.bincount(drawn, minlength=VOCAB_SIZE), exact) > 1e-3
+
+
+def test_where_the_text_may_only_end_it_ends_before_its_minimum_length() -> None:
+    only_end = np.zeros(VOCAB_SIZE, np.bool_)
+    only_end[7] = True
+    for temperature in (0.0, 1.0):
+        row = SampleRow(make_state(temperature=temperature, min_tokens=9), 3, NO_DRAFTS, only_end)
+        assert make_sampler().sample(torch.from_numpy(random_logits()[None]), torch.zeros(1, 16), [row]).tolist() == [7]
+
+
+def test_a_near_tie_far_below_the_forbidden_tokens_is_decided_in_fp32() -> None:
+    """Tokens 1 and 2 are equal in bfloat16, and 100 below the forbidden token 0."""
+    hidden = torch.zeros(1, 16, dtype=torch.bfloat16)
+    hidden[0, :2] = 1.0
+    head = torch.zeros(VOCAB_SIZE, 16, dtype=torch.bfloat16)
+    head[0, 0] = 120.0
+    head[1, :2] = torch.tensor([20.0, 0.01])
+    head[2, :2] = torch.tensor([20.0, 0.02])
+    logits = hidden @ head.T
+    assert logits[0, 1] == logits[0, 2]
+    allowed = np.zeros(VOCAB_SIZE, np.bool_)
+    allowed[[1, 2]] = True
+    row = SampleRow(make_state(temperature=0.0), 3, NO_DRAFTS, allowed)
+    assert Sampler(head, NoiseCache(VOCAB_SIZE)).sample(logits, hidden, [row]).tolist() == [2]
+
+
 def test_positions_and_keys_draw_independently() -> None:
     logits = np.zeros((200, VOCAB_SIZE), np.float32)
     states = [make_state(key) for key in range(200)]

@@ -13,6 +13,7 @@ from scheduler_harness import EOS, GAMMA, Harness, Plan
 
 from dspark.engine import FinishReason, Reason, SamplingParams
 from dspark.engine.kv_cache import BLOCK_SIZE
+from dspark.engine.scheduler import GOOD_STEPS
 from dspark.engine.sequence import Batch, NextDraft, Round, Status
 
 
@@ -26,11 +27,18 @@ class RandomHistory(RuleBasedStateMachine):
         self.harness = Harness(num_blocks, max_num_seqs, max_num_seqs + spare, seed)
         self.in_flight: Plan | None = None
 
-    @rule(length=st.integers(1, 60), max_tokens=st.integers(1, 40), n=st.integers(1, 3), kind=st.integers(1, 2))
-    def add(self, length: int, max_tokens: int, n: int, kind: int) -> None:
+    @rule(
+        length=st.integers(1, 60),
+        max_tokens=st.integers(1, 40),
+        n=st.integers(1, 3),
+        kind=st.integers(1, 2),
+        priority=st.sampled_from([0, 0, -1, 1]),
+        tenant=st.sampled_from([b"", b"a"]),
+    )
+    def add(self, length: int, max_tokens: int, n: int, kind: int, priority: int, tenant: bytes) -> None:
         room = self.harness.num_blocks * BLOCK_SIZE
         length = min(length, room - 1)
-        self.harness.add([kind] * length, min(max_tokens, room - length), n)
+        self.harness.add([kind] * length, min(max_tokens, room - length), n, priority=priority, tenant=tenant)
 
     @rule(count=st.integers(1, 8))
     @precondition(lambda self: self.in_flight is None)
@@ -48,6 +56,14 @@ class RandomHistory(RuleBasedStateMachine):
     def commit(self) -> None:
         assert self.in_flight is not None
         self.harness.commit(self.in_flight)
+        self.in_flight = None
+
+    @rule(out_of_memory=st.booleans())
+    @precondition(lambda self: self.in_flight is not None)
+    def fail(self, out_of_memory: bool) -> None:
+        assert self.in_flight is not None
+        if not (out_of_memory and self.harness.run_out_of_memory(self.in_flight)):
+            self.harness.fail(self.in_flight)
         self.in_flight = None
 
     @rule(which=st.integers(0, 1000))
@@ -234,3 +250,106 @@ def test_finish_reasons_and_the_token_that_stops_are_delivered() -> None:
         (EOS, FinishReason.STOP),
         (EOS, FinishReason.LENGTH),
     ]
+
+
+# Priorities, shortage, and steps that fail
+
+
+def test_the_urgent_start_first_and_the_least_urgent_newest_gives_way() -> None:
+    harness = Harness(num_blocks=3, max_num_batched_tokens=64)
+    late, later, urgent = (harness.add([kind] * 14, 18, priority=p) for kind, p in ((1, 5), (2, 5), (3, -5)))
+    started = [prefill.sequence.record for prefill in run(harness).prefills]
+    assert started[0] is urgent
+    assert later not in started
+    while not any(record.facts.preemptions for record in (late, later, urgent)):
+        run(harness)
+    assert late.facts.preemptions == 1
+    assert [s.record for s in harness.scheduler.waiting] == [late, later]
+    harness.finish()
+
+
+def test_a_request_that_was_preempted_goes_before_others_of_its_priority_but_not_before_more_urgent_ones() -> None:
+    harness = Harness(num_blocks=3, max_num_batched_tokens=64)
+    _, preempted = harness.add([1] * 14, 18), harness.add([2] * 14, 18)
+    while not preempted.facts.preemptions:
+        run(harness)
+    fresh, urgent = harness.add([4] * 14, 2), harness.add([3] * 14, 2, priority=-1)
+    assert [s.record for s in harness.scheduler.waiting] == [urgent, preempted, fresh]
+    harness.finish()
+
+
+def test_a_failed_step_ends_its_requests_and_no_others() -> None:
+    harness = Harness(num_blocks=20, max_num_seqs=2, max_num_batched_tokens=64)
+    inside = [harness.add([1] * 20, 9), harness.add([2] * 20, 9, n=3)]
+    outside = harness.add([3] * 20, 9)
+    plan = harness.plan()
+    assert plan is not None
+    assert harness.fail(plan) == inside
+    assert not outside.finished
+    assert harness.kv_cache.used == 0
+    harness.finish()
+    assert outside.sequences[0].generated == 9
+
+
+def test_the_blocks_a_failed_step_may_have_written_are_cleared_before_they_are_used_again() -> None:
+    harness = Harness(num_blocks=4, max_num_batched_tokens=64)
+    harness.add([1] * 40, 9)
+    run(harness)  # two full blocks of committed tokens are offered to others; the third is half full
+    plan = harness.plan()
+    assert plan is not None
+    (failed,) = {decode.sequence for decode in plan.batch.decodes}
+    shared, own = failed.blocks[:2], failed.blocks[2:]
+    harness.fail(plan)
+    again = harness.add([1] * 40, 9)
+    batch = run(harness)
+    assert batch.wiped == own
+    assert again.facts.cached_tokens == 32
+    assert not set(batch.wiped) & set(shared)
+    assert run(harness).wiped == []
+    harness.finish()
+
+
+def test_a_step_that_runs_out_of_memory_is_planned_again_in_smaller_ones_until_a_single_row_fails() -> None:
+    harness = Harness(num_blocks=20, max_num_seqs=4, max_num_batched_tokens=32)
+    records = [harness.add([kind] * 20, 9) for kind in (1, 2, 3)]
+    limits = []
+    while True:
+        plan = harness.plan()
+        assert plan is not None
+        if not harness.run_out_of_memory(plan):
+            break
+        limits.append(harness.scheduler.step_tokens)
+    assert limits == [16, 8, 4, 2, 1]
+    assert harness.fail(plan) == records[:1]
+    harness.finish()
+    assert [record.sequences[0].generated for record in records] == [0, 9, 9]
+
+
+def test_after_enough_good_steps_the_limit_is_what_it_was() -> None:
+    harness = Harness(num_blocks=40, max_num_batched_tokens=32)
+    harness.add([1] * 20, 400)
+    plan = harness.plan()
+    assert plan is not None
+    assert harness.run_out_of_memory(plan)
+    assert harness.scheduler.step_tokens == 10
+    for _ in range(GOOD_STEPS):
+        harness.step()
+    assert harness.scheduler.step_tokens == 20
+    for _ in range(GOOD_STEPS):
+        harness.step()
+    assert harness.scheduler.step_tokens == 32
+    harness.finish()
+
+
+def test_a_request_aborted_in_a_step_that_runs_out_of_memory_is_freed_with_it() -> None:
+    harness = Harness(max_num_batched_tokens=32)
+    record = harness.add([1] * 20, 9)
+    plan = harness.plan()
+    assert plan is not None
+    freed: list[float] = []
+    record.on_freed = lambda: freed.append(record.facts.finished_s - record.facts.cancelled_s)
+    harness.scheduler.abort(record)
+    assert freed == []
+    assert harness.run_out_of_memory(plan)
+    assert (record.finished, harness.kv_cache.used, len(freed)) == (True, 0, 1)
+    assert freed[0] >= 0.0

@@ -15,6 +15,7 @@ from dspark.engine.load_controller import Allocation, fill_budget
 from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import Batch, NextDraft, RequestRecord, Round, Sequence, Status, StepResult
 from dspark.engine.step_facts import step_load
+from dspark.engine.waiting_queue import rank
 
 GAMMA = 4
 EOS = 0
@@ -49,16 +50,24 @@ class Harness:
         self.known_to_runner: set[int] = set()
         self._random = np.random.default_rng(self.seed)
         self._next_id = 0
+        self._faulty = False
 
     def add(
-        self, prompt: Items[int], max_tokens: int, n: int = 1, sampling: SamplingParams | None = None
+        self,
+        prompt: Items[int],
+        max_tokens: int,
+        n: int = 1,
+        sampling: SamplingParams | None = None,
+        priority: int = 0,
+        tenant: bytes = b"",
     ) -> RequestRecord:
         assert len(prompt) + max_tokens <= self.num_blocks * BLOCK_SIZE, "submit would have refused it"
-        record = RequestRecord(Request(tuple(prompt), sampling or SamplingParams(), n), RequestFacts(len(prompt), 0.0))
+        request = Request(tuple(prompt), sampling or SamplingParams(), n, priority=priority, cache_salt=tenant)
+        record = RequestRecord(request, RequestFacts(len(prompt), 0.0))
         for choice in range(n):
             tokens = list(prompt)
             record.sequences.append(
-                Sequence(self._next_id, record, choice, self._next_id, max_tokens, None, tokens, len(tokens), b"")
+                Sequence(self._next_id, record, choice, self._next_id, max_tokens, None, tokens, len(tokens), tenant)
             )
             self._next_id += 1
         self.records.append(record)
@@ -93,6 +102,25 @@ class Harness:
         self.steps.append(facts)
         self.check()
 
+    def fail(self, plan: Plan) -> list[RequestRecord]:
+        """The runner raised, having seen all of the plan."""
+        self._faulty = True
+        failed = self.scheduler.fail(plan.batch)
+        assert {s.record for s in plan.batch.sequences} == set(failed)
+        assert all(record.finished for record in failed)
+        self.check()
+        return failed
+
+    def run_out_of_memory(self, plan: Plan) -> bool:
+        """The runner ran out of memory; False: and there is nothing smaller to try."""
+        self._faulty = True
+        rows_before = self.scheduler.step_tokens
+        retried = self.scheduler.retry(plan.batch)
+        assert not retried or 1 <= self.scheduler.step_tokens <= rows_before // 2
+        assert not retried or not self.scheduler.running
+        self.check()
+        return retried
+
     def step(self) -> bool:
         plan = self.plan()
         if plan is not None:
@@ -103,6 +131,7 @@ class Harness:
         """Step until idle: everything that was asked for must end, in no more steps than tokens must be computed."""
         # a preempted sequence computes its tokens again; the oldest never does, so each finishes in turn
         most = sum(len(s.tokens) + s.max_tokens for record in self.records for s in record.sequences)
+        most *= 2 if self._faulty else 1
         for _ in range(most + 1):
             if not self.step():
                 break
@@ -116,14 +145,14 @@ class Harness:
         running, waiting = self.scheduler.running, list(self.scheduler.waiting)
         self.kv_cache.check([sequence.blocks for sequence in running])
         assert len(running) <= self.max_num_seqs
-        assert [s.id for s in running] == sorted(s.id for s in running)
+        assert [rank(s) for s in running] == sorted(rank(s) for s in running)
         assert all(s.status is Status.RUNNING for s in running)
         assert all(s.status is Status.WAITING and not s.blocks for s in waiting)
         assert len({s.id for s in [*running, *waiting]}) == len(running) + len(waiting)
 
     def _check_batch(self, batch: Batch) -> None:
         assert len(set(batch.sequences)) == len(batch.sequences)
-        assert len(batch.decodes) + batch.prefill_rows + batch.draft_room == self.max_num_batched_tokens
+        assert len(batch.decodes) + batch.prefill_rows + batch.draft_room == self.scheduler.step_tokens
         assert batch.draft_room >= 0
         for decode in batch.decodes:
             assert 0 <= decode.cap <= decode.proposed
@@ -133,7 +162,9 @@ class Harness:
             assert prefill.count > 0
             assert prefill.start + prefill.count <= len(prefill.sequence.blocks) * BLOCK_SIZE
         for ended in batch.ended:
-            self.known_to_runner.remove(ended)
+            # what a failed step had come to is not known, so its sequences are ended again
+            assert self._faulty or ended in self.known_to_runner
+            self.known_to_runner.discard(ended)
         for started in batch.started:
             assert started.id not in self.known_to_runner
             self.known_to_runner.add(started.id)

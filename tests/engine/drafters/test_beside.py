@@ -1,4 +1,4 @@
-"""A model drafter beside lookup: per sequence, the block that promises more."""
+"""A drafter beside one that costs nothing: per sequence, the block that promises more."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from dspark.engine.calibration import Calibration
+from dspark.engine.drafters.beside import Beside
 from dspark.engine.drafters.drafter import Draft, DraftRow
 from dspark.engine.drafters.lookup import LookupDrafter
-from dspark.engine.drafters.lookup_beside import LOOKUP, MODEL, LookupBeside
+from dspark.engine.drafters.prediction import PredictionDrafter
 
 GAMMA = 4
+MODEL, LOOKUP = 0, 1
 REPEATS, NEW = [5, 6, 7, 8, 9, 10, 11, 12, 13, 5, 6, 7, 8, 9], [1, 2, 3, 4]
 
 
@@ -54,9 +56,9 @@ def row(sequence_id: int, tokens: list[int], temperature: float = 0.0) -> DraftR
     return DraftRow(sequence_id, np.array(tokens, np.int64), len(tokens) - 1, temperature, 0, table)
 
 
-def beside(model: FixedModel, calibration: Calibration | None = None) -> LookupBeside:
+def beside(model: FixedModel, calibration: Calibration | None = None) -> Beside:
     calibration = calibration or Calibration(GAMMA, sources=2)
-    return LookupBeside(model, LookupDrafter(GAMMA), calibration.table)
+    return Beside(model, LookupDrafter(GAMMA, proposes_free=True), calibration.table)
 
 
 def test_each_sequence_gets_the_block_that_promises_more() -> None:
@@ -125,3 +127,33 @@ def test_it_is_the_model_for_everything_but_proposing() -> None:
     assert drafter.bytes_per_block(16) == 160
     assert drafter.feature_layers == (1,)
     assert drafter.propose([]).tokens.shape == (0, GAMMA)
+
+
+def test_a_prediction_stands_beside_both_and_is_asked_for_first() -> None:
+    calibration = Calibration(GAMMA, sources=3)
+    model = FixedModel(log_odds=1.0)
+    inner = Beside(model, LookupDrafter(GAMMA, proposes_free=True), calibration.table)
+    drafter = Beside(inner, PredictionDrafter(GAMMA), calibration.table)
+    assert (drafter.name, drafter.sources) == ("model+lookup", ("model", "lookup", "prediction"))
+    predicted = np.array([20, 21, 22, 23, 24, 25], np.int64)
+    rows = [
+        replace(row(1, [*NEW, 20]), prompt_length=4, predicted=predicted),
+        row(2, REPEATS),
+        row(3, NEW),
+        replace(row(4, [*NEW, 20]), prompt_length=4, predicted=predicted, free_only=True),
+        replace(row(5, [5, 6, 7, 8, 9, 5, 6]), free_only=True),
+    ]
+    draft = drafter.propose(rows)
+    assert draft.source is not None
+    assert draft.source.tolist() == [2, LOOKUP, MODEL, 2, LOOKUP]
+    assert draft.tokens[0].tolist() == draft.tokens[3].tolist() == [21, 22, 23, 24]
+    assert not {4, 5} & set(model.asked)
+
+
+def test_without_predictions_the_drafter_beside_them_is_asked_alone() -> None:
+    lookup = LookupDrafter(GAMMA)
+    drafter = Beside(lookup, PredictionDrafter(GAMMA), Calibration(GAMMA, sources=2).table)
+    assert (drafter.name, drafter.proposes_free) == ("lookup", False)
+    draft = drafter.propose([row(1, REPEATS), row(2, NEW)])
+    assert draft.source is None
+    assert draft.lengths.tolist() == [GAMMA, 0]
