@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 from dspark.engine import (
+    DeadlineExceededError,
     Engine,
     EngineClosedError,
     FinishReason,
@@ -49,8 +50,10 @@ class Generation:
         endpoint: str,
         param_names: Mapping[str, str],
         arrived_s: float,
+        deadline_s: float | None = None,
     ) -> None:
         """endpoint: one of `metrics.ENDPOINTS`. arrived_s: when the request's body had been read.
+        deadline_s: when its answer is of no use any more, on the same clock; None: never.
         param_names: the client's names of the engine's parameters, where they differ.
         """
         self._engine = engine
@@ -59,6 +62,7 @@ class Generation:
         self._endpoint = endpoint
         self._param_names = param_names
         self._arrived_s = arrived_s
+        self._deadline_s = deadline_s
         self._streams: list[RequestStream] = []
         self._emitted_s: dict[int, float] = {}
         self._positions: dict[int, int] = {}
@@ -68,16 +72,12 @@ class Generation:
         """Raises RequestError, QueueFullError, EngineClosedError; then nothing stays queued."""
         async with AsyncExitStack() as stack:
             try:
-                for prompt in self._prompts:
-                    self._streams.append(await stack.enter_async_context(self._engine.submit(prompt.request)))
+                with counting_refusals(self._metrics, self._endpoint):
+                    for prompt in self._prompts:
+                        request = replace(prompt.request, deadline_s=self._deadline_s)
+                        self._streams.append(await stack.enter_async_context(self._engine.submit(request)))
             except RequestError as error:
                 error.param = self._param_names.get(error.param, error.param)
-                raise
-            except QueueFullError:
-                self._metrics.shed(self._endpoint, "queue_full")
-                raise
-            except EngineClosedError:
-                self._metrics.shed(self._endpoint, "draining")
                 raise
             self._held = stack.pop_all()
         self._metrics.admitted()
@@ -89,19 +89,38 @@ class Generation:
         await self._held.aclose()
         outcome = self._outcome(error)
         self._metrics.ended(self._endpoint, outcome, time.monotonic() - self._arrived_s)
-        if outcome == "abort":
-            self._metrics.cancelled("shutdown" if isinstance(error, EngineClosedError) else "client_disconnect")
+        cause = _cancel_cause(error)
+        if cause is not None:
+            self._count_when_freed(cause)
         for prompt, stream in zip(self._prompts, self._streams, strict=True):
             self._metrics.engine_request(stream.facts, len(prompt.choices))
 
     def _outcome(self, error: BaseException | None) -> str:
         if error is None:
-            return "length" if FinishReason.LENGTH in self._reasons else "stop"
-        gone = isinstance(error, (asyncio.CancelledError, GeneratorExit, EngineClosedError))
-        return "abort" if gone else "error"
+            return next((reason for reason in ("length", "tool_calls") if reason in self._reasons), "stop")
+        if isinstance(error, QueueFullError):  # it had to make room for another before it started
+            return "shed"
+        cause = _cancel_cause(error)
+        return "error" if cause is None else "timeout" if cause == "deadline" else "abort"
+
+    def _count_when_freed(self, cause: str) -> None:
+        """Count the cancellation once the engine holds nothing of the request any more."""
+        held = len(self._streams)
+
+        def freed() -> None:
+            nonlocal held
+            held -= 1
+            if not held:
+                facts = [stream.facts for stream in self._streams]
+                began_s = min((f.cancelled_s for f in facts if f.cancelled_s is not None), default=None)
+                ended_s = max(f.finished_s for f in facts if f.finished_s is not None)
+                self._metrics.cancelled(cause, 0.0 if began_s is None else max(0.0, ended_s - began_s))
+
+        for stream in self._streams:
+            stream.when_freed(freed)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Raises EngineFailedError, and EngineClosedError when a shutdown cut the request short."""
+        """Raises what `RequestStream` raises; EngineClosedError when a shutdown cut the request short."""
         if len(self._streams) == 1:
             async for delta in self._streams[0]:
                 yield self._piece(0, delta)
@@ -122,9 +141,11 @@ class Generation:
         self._positions[index] = position + len(delta.token_ids)
         if logprobs and choice.is_end(delta.token_ids[-1], position + len(delta.token_ids) - 1):
             logprobs = logprobs[:-1]
-        if delta.finish_reason is not None:
-            self._reasons.add(delta.finish_reason)
-        return Piece(index, choice.read(delta), logprobs, delta.finish_reason)
+        parts = choice.read(delta)
+        reason = None if delta.finish_reason is None else choice.finish_reason(delta.finish_reason)
+        if reason is not None:
+            self._reasons.add(reason)
+        return Piece(index, parts, logprobs, reason)
 
     def _observe(self, index: int, tokens: int) -> None:
         if not tokens:
@@ -140,7 +161,30 @@ class Generation:
 
     def usage(self) -> dict[str, object]:
         """Token counts over all prompts; complete when every choice has finished."""
-        return usage([stream.facts for stream in self._streams])
+        reasoning = sum(choice.reasoning_tokens for prompt in self._prompts for choice in prompt.choices)
+        return usage([stream.facts for stream in self._streams], reasoning)
+
+
+@contextmanager
+def counting_refusals(metrics: RequestMetrics, endpoint: str) -> Iterator[None]:
+    """Count a request that the engine refuses before any work."""
+    try:
+        yield
+    except QueueFullError:
+        metrics.shed(endpoint, "queue_full")
+        raise
+    except EngineClosedError:
+        metrics.shed(endpoint, "draining")
+        raise
+
+
+def _cancel_cause(error: BaseException | None) -> str | None:
+    """Of `metrics.CANCEL_CAUSES`; None: the request ran to an end of its own, or failed."""
+    if isinstance(error, DeadlineExceededError):
+        return "deadline"
+    if isinstance(error, EngineClosedError):
+        return "shutdown"
+    return "client_disconnect" if isinstance(error, asyncio.CancelledError | GeneratorExit) else None
 
 
 async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenDelta], None]:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
+import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from dspark.engine import ConfigError, TokenDelta
+from dspark.engine import ConfigError, FinishReason, TokenDelta
 from dspark.server.errors import InvalidRequestError
+from dspark.server.parts import Part, PartKind, PlainText, TextParser, held_back, joined
 
 SPIECE_SPACE = "\u2581"
 
@@ -62,6 +67,10 @@ class Vocabulary:
             self._bytes[token_id] = known
         return known
 
+    def token_text(self, token_id: int) -> str:
+        """The token by itself, U+FFFD for bytes that are no whole characters."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
 
 def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder is None:
@@ -99,15 +108,19 @@ def _sentencepiece_bytes(token: str) -> bytes:
 class Detokenizer:
     """Bytes of one choice's tokens to text, O(1) per token; an unfinished UTF-8 character waits for its rest."""
 
-    def __init__(self, vocabulary: Vocabulary, *, continues_text: bool) -> None:
-        """continues_text: the choice goes on after a text, so that a leading space belongs to it."""
+    def __init__(
+        self, vocabulary: Vocabulary, *, continues_text: bool, shown_ids: Collection[int] = frozenset()
+    ) -> None:
+        """continues_text: the choice goes on after a text, so that a leading space belongs to it.
+        shown_ids: control tokens that are text all the same, since a parser looks for them."""
+        self._hidden_ids = vocabulary.special_ids.difference(shown_ids)
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = vocabulary.strips_first_space and not continues_text
 
     def add(self, token_id: int) -> str:
         """The text that became certain with this token."""
-        if token_id in self._vocabulary.special_ids:
+        if token_id in self._hidden_ids:
             return ""
         data = self._vocabulary.token_bytes(token_id)
         if self._strip_space and data:
@@ -140,7 +153,7 @@ class StopStrings:
             if cuts:
                 self._held = ""
                 return text[: min(cuts)], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((held_back(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -149,20 +162,12 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that ends `text`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
-
-
 class ChoiceText:
     """The text of one choice as its token ids arrive; decoded once, for the engine's stop check and the client alike.
 
-    With stop strings the engine calls it in commit (the StopCheck contract of `dspark.engine`) and `read` finds the
-    text ready; without, the engine has no check to call and `read` decodes outside the step. Tokens are taken one by
-    one, so that the text does not depend on how many of them a step brought.
+    Where the text can end the choice the engine calls it in commit (the StopCheck contract of `dspark.engine`) and
+    `read` finds the parts ready; else the engine has no check to call and `read` decodes outside the step. Tokens are
+    taken one by one, so that nothing depends on how many of them a step brought.
     """
 
     def __init__(
@@ -173,20 +178,23 @@ class ChoiceText:
         min_tokens: int = 0,
         end_token_ids: Collection[int] = (),
         echo: str = "",
+        parser: TextParser | None = None,
     ) -> None:
         """end_token_ids: tokens that end the text and are no part of it, once `min_tokens` came before.
-        echo: text to show before the first token's."""
+        echo: text to show before the first token's. parser: tells reasoning and calls from content."""
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stops)
         self._min_tokens = min_tokens
         self._end_token_ids = end_token_ids
-        self._ready = echo
+        self._parser = parser or PlainText()
+        self._ready = [Part(PartKind.CONTENT, echo)] if echo else []
         self._decoded = 0
         self._delivered = 0
+        self.reasoning_tokens = 0
         self.ended = False
 
     def __call__(self, token_ids: Sequence[int]) -> int | None:
-        """How many of these ids are kept when a stop string is complete within them, else None."""
+        """How many of these ids are kept when the text is over within them, else None."""
         for kept, token_id in enumerate(token_ids, 1):
             if self._add(token_id):
                 return kept
@@ -197,33 +205,40 @@ class ChoiceText:
         if self.ended:
             return False
         if self.is_end(token_id, self._decoded - 1):
-            self.ended = True
-            self._finish()
+            self._finish(self._stop_strings.finish() + self._detokenizer.finish())
             return False
         piece = self._detokenizer.add(token_id)
-        shown, stopped = self._stop_strings.add(piece, may_stop=self._decoded >= self._min_tokens)
-        self._ready += shown
-        self.ended = stopped
-        return stopped
+        may_stop = self._decoded >= self._min_tokens
+        shown, stopped = self._stop_strings.add(piece, may_stop=may_stop)
+        was_reasoning = self._parser.in_reasoning
+        self._ready += self._parser.feed(shown)
+        self.reasoning_tokens += was_reasoning or self._parser.in_reasoning
+        if stopped or (self._parser.done and may_stop):
+            self._finish("")
+        return self.ended
 
     def is_end(self, token_id: int, position: int) -> bool:
         """Whether this token, `position` output tokens being before it, ends the text without being shown."""
         return token_id in self._end_token_ids and position >= self._min_tokens
 
-    def read(self, delta: TokenDelta) -> str:
-        """The text that this delta lets the client see; everything when it is the choice's last."""
+    def read(self, delta: TokenDelta) -> list[Part]:
+        """What this delta lets the client see; everything when it is the choice's last."""
         self._delivered += len(delta.token_ids)
         missing = self._delivered - self._decoded
         if missing > 0:
             self(delta.token_ids[-missing:])
         if delta.finish_reason is not None and not self.ended:
-            self.ended = True
-            self._finish()
-        shown, self._ready = self._ready, ""
+            self._finish(self._stop_strings.finish() + self._detokenizer.finish())
+        shown, self._ready = joined(self._ready), []
         return shown
 
-    def _finish(self) -> None:
-        self._ready += self._stop_strings.finish() + self._detokenizer.finish()
+    def finish_reason(self, reason: FinishReason) -> str:
+        """What the client is told: that calls are to be made, where the text did not end too early for it."""
+        return "tool_calls" if reason is FinishReason.STOP and self._parser.calls else reason.value
+
+    def _finish(self, rest: str) -> None:
+        self.ended = True
+        self._ready += [*self._parser.feed(rest), *self._parser.finish()]
 
 
 class ChatTemplate:
@@ -241,15 +256,21 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda pattern: time.strftime(pattern)
         try:
             self._template = environment.from_string(source)
+            self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError("model", f"its chat template does not parse: {error}") from error
+        self.source = source
         self._special_tokens = special_tokens
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt up to where the assistant's answer begins. Raises InvalidRequestError on `messages`."""
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt up to where the assistant's answer begins. Raises InvalidRequestError on `messages`.
+
+        variables: `tools` and whatever else the template knows; `add_generation_prompt` is true unless given.
+        """
+        known = {"add_generation_prompt": True, **self._special_tokens, **variables}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return self._template.render(messages=messages, **known)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             message = f"The model's chat template refuses these messages: {error}"
             raise InvalidRequestError(message, "messages") from error
 
@@ -267,9 +288,14 @@ class ModelText:
     """Tokenizer and chat template of one model folder."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
+        self.tokenizer = tokenizer
+        self.template = template
         self.vocabulary = Vocabulary(tokenizer)
+        control = [self.vocabulary.token_bytes(token_id).decode() for token_id in self.vocabulary.special_ids]
+        # the longest first, since one may begin another
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+        # what stands around a control token's text in a message: never in any text, since nobody can know it
+        self._fence = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
 
     @classmethod
     def load(cls, folder: Path) -> ModelText:
@@ -285,16 +311,55 @@ class ModelText:
         tokenizer.no_truncation()
         return cls(tokenizer, _load_template(folder))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, the model's beginning-of-text token included where its tokenizer adds one."""
-        return self._tokenizer.encode(text).ids
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers. Raises InvalidRequestError on `messages`."""
-        if self._template is None:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers. variables: see `ChatTemplate.render`.
+
+        The text of a control token within a message, a tool or a variable is encoded as mere text: nobody ends a
+        message or begins the system's but the template. Raises InvalidRequestError on `messages`.
+        """
+        if self.template is None:
             raise InvalidRequestError("This model has no chat template; use /v1/completions", "messages")
+        text = self.template.render(self._fenced(messages), **self._fenced(variables))
+        first, *others = text.split(self._fence)
         # the template writes the special tokens itself
-        return self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
+        token_ids = self.encode(first, add_special_tokens=False)
+        for index, part in enumerate(others):
+            encode = self.encode if index % 2 else self._encode_as_text
+            token_ids += encode(part, add_special_tokens=False)
+        if len(others) % 2:
+            raise InvalidRequestError("The model's chat template cuts a control token in these messages", "messages")
+        return token_ids
+
+    def ends_with(self, token_ids: Sequence[int], text: str) -> bool:
+        """Whether so the prompt's text ends, control tokens included and white space aside."""
+        last = b"".join(map(self.vocabulary.token_bytes, token_ids[-2 * len(text) :]))
+        return last.rstrip().endswith(text.encode())
+
+    def _fenced(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._control.sub(lambda found: f"{self._fence}{found[0]}{self._fence}", value)
+        if isinstance(value, Mapping):
+            return {self._fenced(key): self._fenced(inner) for key, inner in value.items()}
+        return [self._fenced(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    def _encode_as_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._blind_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @cached_property
+    def _blind_tokenizer(self) -> Tokenizer:
+        """One that sees no control tokens; a copy, because others encode with the first at the same time."""
+        copy = Tokenizer.from_str(self.tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    def control_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of the control tokens among these texts."""
+        ids = (self.tokenizer.token_to_id(text) for text in texts)
+        return self.vocabulary.special_ids.intersection(token_id for token_id in ids if token_id is not None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""

@@ -25,7 +25,7 @@ def server(folder: Path) -> Iterator[RunningServer]:
 
 
 def events(body: str) -> list[str]:
-    return [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    return [line.removeprefix("data: ") for line in body.split("\n") if line.startswith("data: ")]
 
 
 def chunks(body: str) -> list[dict[str, Any]]:

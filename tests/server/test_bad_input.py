@@ -30,6 +30,22 @@ def message(**fields: Any) -> list[dict[str, Any]]:
     return [USER | fields]
 
 
+def tool(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}} | fields}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"properties": nested(levels - 1)} if levels > 1 else {}
+
+
+TOOL = tool()
+CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+ANSWER = {"role": "assistant", "content": "Ho"}
+
 BOTH: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"temperature": -0.1}, "temperature", ["0", "-0.1"]),
     ({"temperature": 2.1}, "temperature", ["2", "2.1"]),
@@ -76,6 +92,16 @@ BOTH: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", ["Unrecognized"]),
     ({"stream": True, "stream_options": 1}, "stream_options", ["1"]),
     ({"temprature": 1}, "temprature", ["Unrecognized request argument supplied: temprature"]),
+    ({"structured_outputs": {}}, "structured_outputs", ["exactly one", "{}"]),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", ["exactly one"]),
+    ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", ["not supported"]),
+    ({"structured_outputs": {"regex": "a" * 65_537}}, "structured_outputs.regex", ["65536", "aaa"]),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", ["at least 1", "[]"]),
+    ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs.grammar", ["not supported"]),
+    ({"structured_outputs": {"json": nested(65)}}, "structured_outputs.json", ["64", "65"]),
+    ({"speculation": {"mode": "fast"}}, "speculation.mode", ["'off'", "fast"]),
+    ({"speculation": {"max_draft_tokens": -1}}, "speculation.max_draft_tokens", ["0", "-1"]),
+    ({"priority": 101}, "priority", ["100", "101"]),
     ({"model": None}, "model", ["string", "null"]),
     ({"model": ""}, "model", ["1 character", '""']),
 ]
@@ -86,7 +112,7 @@ ONLY_CHAT: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"messages": ["Hi"]}, "messages[0]", ["Hi"]),
     ({"messages": message(role="robot")}, "messages[0].role", ["'system'", "robot"]),
     ({"messages": message(content=5)}, "messages[0].content", ["string", "5"]),
-    ({"messages": message(content=None)}, "messages[0].content", ["array", "null"]),
+    ({"messages": message(content=None)}, "messages[0].content", ["Missing required parameter"]),
     ({"messages": message(content=[])}, "messages[0].content", ["at least 1", "[]"]),
     ({"messages": [USER, {"role": "user"}]}, "messages[1].content", ["Missing required parameter"]),
     ({"messages": message(mood="good")}, "messages[0].mood", ["Unrecognized"]),
@@ -96,9 +122,15 @@ ONLY_CHAT: list[tuple[dict[str, Any], str, list[str]]] = [
     (
         {"messages": message(content=[{"type": "image_url", "image_url": {"url": "x"}}])},
         "messages[0].content[0]",
-        ["not supported yet", "image_url"],
+        ["not supported", "image_url", "text parts"],
     ),
-    ({"messages": [USER | {"tool_calls": [{}]}]}, "messages[0].tool_calls", ["not supported yet"]),
+    ({"messages": message(content=[{"type": "input_audio"}])}, "messages[0].content[0]", ["input_audio"]),
+    ({"messages": [USER, ANSWER | {"function_call": {}}]}, "messages[1].function_call", ["'tools'"]),
+    ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls[0].id", ["Missing"]),
+    ({"messages": [USER, ANSWER | {"tool_calls": []}]}, "messages[1].tool_calls", ["at least 1", "[]"]),
+    ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", ["assistant", "'user'"]),
+    ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", ["Missing"]),
+    ({"messages": [USER, {"role": "tool", "content": "7"}]}, "messages[1].tool_call_id", ["Missing"]),
     ({"messages": message(content="word " * 200)}, "messages", ["512"]),
     ({"max_tokens": 600}, "messages", ["512"]),
     ({"max_completion_tokens": 0}, "max_completion_tokens", ["1", "0"]),
@@ -107,12 +139,63 @@ ONLY_CHAT: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ["20", "21"]),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", ["0", "-1"]),
     ({"top_logprobs": 1}, "top_logprobs", ["'logprobs' is true"]),
-    ({"tools": []}, "tools", ["not supported yet"]),
-    ({"tool_choice": "auto"}, "tool_choice", ["not supported yet", "'none'"]),
-    ({"response_format": {"type": "json_object"}}, "response_format", ["not supported yet", "'text'"]),
-    ({"audio": {"voice": "alloy"}}, "audio", ["not supported yet"]),
-    ({"modalities": ["audio"]}, "modalities", ["not supported yet"]),
-    ({"prediction": {"type": "content", "content": "x"}}, "prediction", ["not supported yet"]),
+    ({"tools": []}, "tools", ["at least 1", "[]"]),
+    ({"tools": [TOOL] * 129}, "tools", ["128", "129"]),
+    ({"tools": [TOOL, TOOL]}, "tools", ["different names", "'add'"]),
+    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", ["'function'", "custom"]),
+    ({"tools": [tool(name="a b")]}, "tools[0].function.name", ["[a-zA-Z0-9_-]{1,64}", "a b"]),
+    ({"tools": [tool(name="x" * 65)]}, "tools[0].function.name", ["64", "xxx"]),
+    ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters", ["'object'", "string"]),
+    ({"tools": [tool(parameters=nested(65))]}, "tools[0].function.parameters", ["64", "65"]),
+    ({"tools": [tool(parameters={"x": "y" * 70_000})]}, "tools[0].function.parameters", ["65536", "70009"]),
+    ({"tool_choice": "required"}, "tool_choice", ["'tools'"]),
+    ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice.type", ["'required'", "maybe"]),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function", ["Missing"]),
+    ({"tools": [TOOL], "tool_choice": named("sub")}, "tool_choice", ["'sub'", "add"]),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+        "tool_choice.allowed_tools.tools",
+        ["at least 1", "[]"],
+    ),
+    (
+        {"tools": [TOOL], "tool_choice": "required", "messages": [USER], "parallel_tool_calls": 1},
+        "parallel_tool_calls",
+        ["boolean", "1"],
+    ),
+    (
+        {"tools": [tool(parameters={"properties": {"a": {"type": "objekt"}}})], "tool_choice": "required"},
+        "tools",
+        ["objekt"],
+    ),
+    ({"functions": []}, "functions", ["'tools'"]),
+    ({"function_call": "auto"}, "function_call", ["'tool_choice'"]),
+    ({"response_format": {"type": "xml"}}, "response_format.type", ["'json_schema'", "xml"]),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ["Missing"]),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}},
+        "response_format.json_schema.schema",
+        ["objekt"],
+    ),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs",
+        ["'response_format'"],
+    ),
+    ({"structured_outputs": {"regex": "a"}, "tools": [TOOL]}, "structured_outputs.regex", ["JSON object"]),
+    ({"audio": {"voice": "alloy"}}, "audio", ["not supported"]),
+    ({"modalities": ["audio"]}, "modalities", ["not supported"]),
+    ({"moderation": {}}, "moderation", ["not supported"]),
+    ({"web_search_options": {}}, "web_search_options", ["not supported"]),
+    ({"prediction": {"type": "poem", "content": "x"}}, "prediction.type", ["'content'", "poem"]),
+    ({"prediction": {"type": "content"}}, "prediction.content", ["Missing"]),
+    ({"reasoning_effort": "huge"}, "reasoning_effort", ["'xhigh'", "huge"]),
+    ({"verbosity": 3}, "verbosity", ["'low'", "3"]),
+    (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        "chat_template_kwargs.add_generation_prompt",
+        ["enable_thinking"],
+    ),
+    ({"chat_template_kwargs": {"enable_thinking": [1]}}, "chat_template_kwargs.enable_thinking", ["boolean", "[1]"]),
     ({"prompt": "Hi"}, "prompt", ["Unrecognized"]),
 ]
 
@@ -130,8 +213,8 @@ ONLY_COMPLETIONS: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"logprobs": 21}, "logprobs", ["20", "21"]),
     ({"logprobs": True}, "logprobs", ["integer", "true"]),
     ({"echo": True, "logprobs": 1}, "echo", ["'logprobs'"]),
-    ({"best_of": 2}, "best_of", ["not supported yet", "1"]),
-    ({"suffix": "end"}, "suffix", ["not supported yet"]),
+    ({"best_of": 2}, "best_of", ["not supported", "'n'"]),
+    ({"suffix": "end"}, "suffix", ["not supported"]),
     ({"min_tokens": 17}, "min_tokens", ["17", "16"]),
     ({"messages": [USER]}, "messages", ["Unrecognized"]),
 ]
