@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,17 +23,18 @@ if TYPE_CHECKING:
     from dspark.server.service import Service
 
 EXIT_USAGE = 2
+EXIT_HUNG = 1
 EXIT_INTERRUPTED = 130
 SWITCH_INTERVAL_S = 0.0005
 """How soon a thread that wants the interpreter gets it. The default of 5 ms is as long as a step: tensor work in the
 worker thread would keep the event loop waiting, and the loop the tensor work."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
-KEEP_ALIVE_S = 75
-"""How long an idle connection stays open: longer than clients and load balancers keep theirs (5 to 60 s), so that they
-never send a request into a connection that is just being closed."""
 LINGER_S = 5
 """After the drain, how long open connections may take to read their last bytes."""
+
+TEMPLATE_OWN = frozenset({"messages", "tools", "add_generation_prompt"})
+"""What the server itself gives to chat templates."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -99,14 +102,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--host", default="127.0.0.1", help="Address to listen on (default: 127.0.0.1).")
     http.add_argument("--port", type=_port, default=8000, help="Port to listen on; 0 takes a free one (default: 8000).")
     http.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="Key that /v1 requires as a Bearer token; repeat it or separate several by commas "
-        "(default: $DSPARK_API_KEY, else none, and everybody may use the server).",
-    )
-    http.add_argument(
         "--served-model-name", metavar="NAME", help="Name that clients call the model (default: the model's own)."
     )
     http.add_argument(
@@ -117,14 +112,127 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="How long running requests may take to finish after SIGTERM or Ctrl-C (default: 30).",
     )
     http.add_argument(
+        "--request-timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="Deadline of requests that give none by X-Request-Timeout or 'timeout' (default: none).",
+    )
+    http.add_argument(
+        "--max-request-timeout",
+        type=_seconds,
+        default=86_400.0,
+        metavar="SECONDS",
+        help="Longest deadline that a request may give (default: 86400, a day).",
+    )
+    http.add_argument(
+        "--hourly-cost",
+        type=_amount,
+        default=0.0,
+        metavar="AMOUNT",
+        help="What this server costs an hour, for the dashboard's cost per million tokens (default: 0, not given).",
+    )
+    http.add_argument(
+        "--currency", type=_currency, default="USD", metavar="CODE", help="Currency of --hourly-cost (default: USD)."
+    )
+    http.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
         help="What is logged to standard error (default: info).",
     )
+    _add_access_arguments(parser.add_argument_group("Access"))
+    _add_stream_arguments(parser.add_argument_group("Streams and retries"))
     _add_model_arguments(parser.add_argument_group("Model"))
+    _add_chat_arguments(parser.add_argument_group("Chat"))
     _add_batching_arguments(parser.add_argument_group("Batching and memory"))
     _add_speculation_arguments(parser.add_argument_group("Speculation"))
+
+
+def _add_stream_arguments(group: Any) -> None:
+    group.add_argument(
+        "--sse-keep-alive",
+        type=_some_seconds,
+        default=15.0,
+        metavar="SECONDS",
+        help="A stream that sent nothing for so long sends a comment (default: 15).",
+    )
+    group.add_argument(
+        "--slow-reader-timeout",
+        type=_some_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="A client that takes nothing of its stream for so long is disconnected (default: 30).",
+    )
+    group.add_argument(
+        "--idempotency-store",
+        default=os.environ.get("DSPARK_IDEMPOTENCY_STORE", "memory"),
+        metavar="STORE",
+        help="Where answers to requests with an Idempotency-Key are kept: memory, sqlite:FILE, which survives restarts, "
+        "or redis://HOST:PORT/DB, which replicas share (default: $DSPARK_IDEMPOTENCY_STORE, else memory).",
+    )
+    group.add_argument(
+        "--idempotency-ttl",
+        type=_seconds,
+        default=86_400.0,
+        metavar="SECONDS",
+        help="How long they are kept (default: 86400, a day).",
+    )
+    group.add_argument(
+        "--idempotency-max-entries",
+        type=_positive,
+        default=10_000,
+        metavar="N",
+        help="Most answers kept (default: 10000).",
+    )
+    group.add_argument(
+        "--idempotency-max-size",
+        type=_size,
+        default=64 * 2**20,
+        metavar="SIZE",
+        help="Most bytes of answers kept; with Redis, of one answer (default: 64M).",
+    )
+    group.add_argument(
+        "--idempotency-grace",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="How long a request with a key goes on when its callers have left (default: 60).",
+    )
+
+
+def _add_access_arguments(group: Any) -> None:
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="Key that /v1 requires as a Bearer token; repeat it or separate several by commas. Other users of the "
+        "machine can see it in the list of processes: the variable and the file keep it from them "
+        "(default: $DSPARK_API_KEY, else none, and everybody may use the server).",
+    )
+    group.add_argument(
+        "--api-keys-file",
+        type=Path,
+        metavar="FILE",
+        help="More keys, one a line, # starts a comment; read again when the file changes (default: none).",
+    )
+    group.add_argument(
+        "--cors-origins",
+        type=_origins,
+        default=(),
+        metavar="ORIGINS",
+        help="Origins of web pages whose scripts may use the server, separated by commas, or * for all "
+        "(default: none).",
+    )
+    group.add_argument(
+        "--metrics-port",
+        type=_port,
+        metavar="PORT",
+        help="Port that answers /metrics and nothing else; 0 takes a free one (default: --port answers it too).",
+    )
+    group.add_argument(
+        "--metrics-host", metavar="HOST", help="Address that --metrics-port listens on (default: that of --host)."
+    )
 
 
 def _add_model_arguments(group: Any) -> None:
@@ -152,6 +260,30 @@ def _add_model_arguments(group: Any) -> None:
     )
 
 
+def _add_chat_arguments(group: Any) -> None:
+    group.add_argument(
+        "--tool-call-parser",
+        choices=("auto", "hermes", "llama3_json", "mistral"),
+        default="auto",
+        help="How the model writes tool calls; auto is what its chat template shows (default: auto).",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        choices=("auto", "think", "none"),
+        default="auto",
+        help="think puts <think>...</think> into reasoning_content; auto does where the chat template knows the tag "
+        "(default: auto).",
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=_names,
+        default=("enable_thinking", "thinking"),
+        metavar="NAMES",
+        help="Variables of the chat template that requests may set in chat_template_kwargs, separated by commas "
+        "(default: enable_thinking,thinking).",
+    )
+
+
 def _add_batching_arguments(group: Any) -> None:
     group.add_argument(
         "--max-model-len",
@@ -175,6 +307,20 @@ def _add_batching_arguments(group: Any) -> None:
         default=256,
         metavar="N",
         help="Requests that may wait; further ones are refused with 429 (default: 256).",
+    )
+    group.add_argument(
+        "--max-queued-tokens",
+        type=_positive,
+        default=262_144,
+        metavar="TOKENS",
+        help="Prompt tokens of the requests that may wait; further ones are refused with 429 (default: 262144).",
+    )
+    group.add_argument(
+        "--stall-timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="With work to do and no step ended for so long, /health/live turns 503 (default: 60).",
     )
     group.add_argument(
         "--kv-cache-memory",
@@ -231,10 +377,45 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip() for origin in text.split(","))
+    for origin in origins:
+        if not re.fullmatch(r"\*|https?://[^/\s?#@*]+", origin):
+            raise argparse.ArgumentTypeError(f"should be origins such as https://example.org, or *, but has {origin!r}")
+    return origins
+
+
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", text):
         raise argparse.ArgumentTypeError(f"should be seconds of at least 0, but is {text!r}")
     return float(text)
+
+
+def _some_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError("should be more than 0 seconds")
+    return seconds
+
+
+def _amount(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"should be a number of at least 0, but is {text!r}")
+    return float(text)
+
+
+def _currency(text: str) -> str:
+    if not re.fullmatch(r"[A-Z]{3}", text):
+        raise argparse.ArgumentTypeError(f"should be three capital letters such as USD, but is {text!r}")
+    return text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    wrong = next((name for name in names if not name.isidentifier() or name in TEMPLATE_OWN), None)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(f"should be names of template variables, but one is {wrong!r}")
+    return names
 
 
 def _size(text: str) -> int:
@@ -251,19 +432,29 @@ def serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # httpx, which the hub client uses, logs every request at info
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if options.metrics_host and options.metrics_port is None:
+        fail("dspark serve: --metrics-host: it is the address of --metrics-port, which is not given")
     keys = api_keys(options.api_key, os.environ.get("DSPARK_API_KEY", ""))
-    with listen(options.host, options.port) as listener:
+    # until it serves, nothing is to be drained, and as process 1 of a container this one would not even see the signal
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(listen(options.host, options.port))
+        metrics_listener = metrics_port = None
+        if options.metrics_port is not None:
+            metrics_host = options.metrics_host or options.host
+            metrics_listener = sockets.enter_context(listen(metrics_host, options.metrics_port, "--metrics-port"))
+            metrics_port = metrics_listener.getsockname()[1]
         set_threading_environment(options.threads)
         from dspark.engine import ConfigError
 
         try:
-            service = load_service(options, keys)
+            service = load_service(options, keys, metrics_port)
         except ConfigError as error:
             flag = "--" + error.field.replace("_", "-")
             fail(f"dspark serve: {flag}: {str(error).removeprefix(f'{error.field}: ')}")
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        return run(service, listener, options)
+        return run(service, listener, options, metrics_listener)
 
 
 def api_keys(given: Sequence[str], from_environment: str) -> tuple[str, ...]:
@@ -271,7 +462,7 @@ def api_keys(given: Sequence[str], from_environment: str) -> tuple[str, ...]:
     return tuple(key for key in keys if key)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A listening socket. Clients that come while the weights load wait; a second server is told at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -280,7 +471,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
-        fail(f"dspark serve: cannot listen on {host} port {port}: {error.strerror or error}; choose another --port")
+        fail(f"dspark serve: cannot listen on {host} port {port}: {error.strerror or error}; choose another {flag}")
     return listener
 
 
@@ -294,18 +485,42 @@ def set_threading_environment(threads: int | None) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
-def load_service(options: argparse.Namespace, keys: tuple[str, ...]) -> Service:
+def load_service(options: argparse.Namespace, keys: tuple[str, ...], metrics_port: int | None) -> Service:
     """Raises ConfigError."""
     from dspark.engine import Engine, locate_model
+    from dspark.server.auth import read_keys
+    from dspark.server.deadlines import TimeoutLimits
+    from dspark.server.idempotency import IdempotencySettings
+    from dspark.server.prompts import ChatSettings
+    from dspark.server.reply_store import StoreLimits
     from dspark.server.service import ServerSettings, Service
+    from dspark.server.sse import StreamSettings
     from dspark.server.text import ModelText
 
     config = engine_config(options)
+    if options.api_keys_file is not None:
+        read_keys(options.api_keys_file)  # what is wrong with it is told before the weights are read
     with ProgressBars() as progress:
         files = locate_model(config.model, config.cache_dir, progress)
         text = ModelText.load(files.folder)
         engine = Engine.load(config, progress)
-    settings = ServerSettings(options.served_model_name or files.name, keys)
+    settings = ServerSettings(
+        options.served_model_name or files.name,
+        keys,
+        hourly_cost=options.hourly_cost,
+        currency=options.currency,
+        api_keys_file=options.api_keys_file,
+        cors_origins=options.cors_origins,
+        metrics_port=metrics_port,
+        timeouts=TimeoutLimits(options.request_timeout, options.max_request_timeout),
+        streams=StreamSettings(options.sse_keep_alive, options.slow_reader_timeout),
+        idempotency=IdempotencySettings(
+            options.idempotency_store,
+            StoreLimits(options.idempotency_ttl, options.idempotency_max_entries, options.idempotency_max_size),
+            options.idempotency_grace,
+        ),
+        chat=ChatSettings(options.tool_call_parser, options.reasoning_parser, frozenset(options.chat_template_kwargs)),
+    )
     return Service(engine, text, settings)
 
 
@@ -324,6 +539,8 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_bytes=options.kv_cache_memory,
         max_queued_requests=options.max_queued_requests,
+        max_queued_tokens=options.max_queued_tokens,
+        stall_timeout_s=options.stall_timeout,
         num_speculative_tokens=options.num_speculative_tokens,
         speculation=options.speculation,
         verification=options.verification,
@@ -332,7 +549,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 
 class ProgressBars:
-    """One tqdm bar per phase of loading: called with (phase, done, total)."""
+    """One tqdm bar per phase of loading, on a terminal only: called with (phase, done, total)."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -350,7 +567,7 @@ class ProgressBars:
         if phase != self._phase:
             self._close()
             self._phase = phase
-            self._bar = tqdm(total=total, desc=phase, unit="", leave=False, file=sys.stderr)
+            self._bar = tqdm(total=total, desc=phase, unit="", leave=False, file=sys.stderr, disable=None)
         self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:
@@ -359,16 +576,25 @@ class ProgressBars:
             self._bar = None
 
 
-def run(service: Service, listener: socket.socket, options: argparse.Namespace) -> int:
+def run(
+    service: Service,
+    listener: socket.socket,
+    options: argparse.Namespace,
+    metrics_listener: socket.socket | None = None,
+) -> int:
     """Serve until a signal has drained the server; 0 when it went down in order."""
     import uvicorn
 
     from dspark.server.app import create_app
+    from dspark.server.connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, BoundedConnection
     from dspark.server.draining_server import DrainingServer
 
     config = uvicorn.Config(
         create_app(service),
         loop="asyncio",
+        http=BoundedConnection,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         lifespan="on",
         log_config=None,
         log_level=max(logging.WARNING, logging.getLevelName(options.log_level.upper())),
@@ -377,11 +603,20 @@ def run(service: Service, listener: socket.socket, options: argparse.Namespace) 
         timeout_graceful_shutdown=LINGER_S,
     )
     host, port = listener.getsockname()[:2]
+    if sys.platform == "linux":
+        # the server lets go of a slow reader; what it never took lies in the connection, which the kernel then ends
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.slow_reader_timeout * 1000))
 
     def ready() -> None:
         print(ready_message(service.engine.info, service.settings.served_model_name, host, port), flush=True)
+        if metrics_listener is not None:
+            print("  metrics on {}, port {}".format(*metrics_listener.getsockname()[:2]), flush=True)
 
-    DrainingServer(config, service, options.drain_timeout, ready).run([listener])
+    sockets = [listener] if metrics_listener is None else [listener, metrics_listener]
+    DrainingServer(config, service, options.drain_timeout, ready).run(sockets)
+    if service.engine.hung:
+        logging.getLogger(__name__).critical("A step of the engine never ended; leaving without it")
+        os._exit(EXIT_HUNG)  # the interpreter would wait for its thread
     return 0
 
 

@@ -19,9 +19,11 @@ from starlette.requests import ClientDisconnect
 
 from dspark.engine import (
     ContextLengthError,
+    DeadlineExceededError,
     EngineClosedError,
     EngineError,
     EngineFailedError,
+    GrammarError,
     QueueFullError,
     RequestError,
 )
@@ -29,7 +31,7 @@ from dspark.engine import (
 CLIENT_CLOSED_REQUEST = 499
 """What the log and the metrics call an answer that nobody waited for; nginx's number."""
 RETRY_AFTER_S = 1
-"""What a refused client is told to wait: a slot of the bounded queue is usually free by then."""
+"""What a refused client is told to wait where nothing better is known."""
 
 
 class ApiError(Exception):
@@ -64,6 +66,18 @@ class BodyTooLargeError(ApiError):
     """The request body has more bytes than the server reads."""
 
 
+class IdempotencyConflictError(ApiError):
+    """The idempotency key belongs to a request with another body."""
+
+
+class InProgressElsewhereError(ApiError):
+    """Another replica computes the answer to this idempotency key."""
+
+
+class IdempotencyStoreError(ApiError):
+    """Whether the request of this idempotency key was done before cannot be told."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
     """`kind` is the label of `request_errors_total`; `type` and `code` are OpenAI's."""
@@ -86,10 +100,16 @@ ERROR_TABLE: dict[type[Exception], ErrorRow] = {
     ),
     ModelNotFoundError: ErrorRow(404, "invalid_request_error", "model_not_found", "not_found"),
     BodyTooLargeError: ErrorRow(413, "invalid_request_error", "request_too_large", "too_large"),
+    IdempotencyConflictError: ErrorRow(422, "invalid_request_error", "idempotency_key_reused", "conflict"),
+    InProgressElsewhereError: ErrorRow(409, "invalid_request_error", "idempotency_key_in_progress", "conflict", _RETRY),
+    IdempotencyStoreError: ErrorRow(503, "server_error", "idempotency_store_unavailable", "unavailable", _RETRY),
     RequestError: ErrorRow(400, "invalid_request_error", "invalid_value", "invalid_request"),
     ContextLengthError: ErrorRow(400, "invalid_request_error", "context_length_exceeded", "context_length"),
-    QueueFullError: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded", "overloaded", _RETRY),
+    QueueFullError: ErrorRow(429, "rate_limit_error", "rate_limit_exceeded", "overloaded"),
+    # clients' libraries would send a 504 again by themselves, for an answer that nobody waits for any more
+    DeadlineExceededError: ErrorRow(504, "timeout_error", "deadline_exceeded", "timeout", {"x-should-retry": "false"}),
     EngineClosedError: ErrorRow(503, "server_error", "service_unavailable", "unavailable", _RETRY),
+    GrammarError: ErrorRow(400, "invalid_request_error", "invalid_value", "invalid_request"),
     EngineFailedError: ErrorRow(500, "server_error", "engine_failed", "internal"),
     EngineError: UNEXPECTED,
 }
@@ -102,6 +122,13 @@ def error_row(error: Exception) -> ErrorRow:
         if cls in ERROR_TABLE:
             return ERROR_TABLE[cls]
     return UNEXPECTED
+
+
+def error_headers(error: Exception) -> dict[str, str]:
+    """The row's, and for a full queue how long it will take for what is in it."""
+    if isinstance(error, QueueFullError):
+        return {"retry-after": str(error.retry_after_s)}
+    return error_row(error).headers
 
 
 def error_body(error: Exception) -> dict[str, Any]:
@@ -126,7 +153,7 @@ def add_error_handlers(app: FastAPI, count: Callable[[str], None]) -> None:
     async def from_table(_: Request, error: Exception) -> JSONResponse:
         row = error_row(error)
         count(row.kind)
-        return JSONResponse(error_body(error), row.status, row.headers)
+        return JSONResponse(error_body(error), row.status, error_headers(error))
 
     async def from_router(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -158,11 +185,14 @@ def from_validation(error: ValidationError) -> InvalidRequestError:
         return UnknownArgumentError(f"Unrecognized request argument supplied: {param}", param)
     if kind == "missing":
         return MissingArgumentError(f"Missing required parameter: '{param}'", param)
+    if kind == "field_absent":
+        param = _path((*first["loc"], first["ctx"]["param"]))
+        return MissingArgumentError(f"Missing required parameter: '{param}'", param)
     if kind == "fields_conflict":
-        param = first["ctx"]["param"]
+        param = _path((*first["loc"], first["ctx"]["param"]))
         return InvalidRequestError(f"Invalid use of '{param}': {message}", param)
     if kind == "not_supported":
-        return InvalidRequestError(f"'{param}' is not supported yet: {message}", param)
+        return InvalidRequestError(f"'{param}' is not supported: {message}", param)
     if not param:
         return InvalidRequestError(f"The body must be a JSON object, but {_shown(value)} was given")
     message = message.removeprefix("Value error, ").replace("Input should", "should")

@@ -41,6 +41,7 @@ def test_every_flag_reaches_the_configuration() -> None:
             *("--model", "/m", "--drafter", "lookup", "--device", "cpu", "--dtype", "float32", "--threads", "3"),
             *("--max-model-len", "100", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"),
             *("--kv-cache-memory", "2G", "--max-queued-requests", "7"),
+            *("--max-queued-tokens", "900", "--stall-timeout", "5"),
             *("--num-speculative-tokens", "5", "--speculation", "fixed", "--verification", "rejection"),
             *("--cache-dir", "/c"),
         )
@@ -48,6 +49,7 @@ def test_every_flag_reaches_the_configuration() -> None:
     assert config == EngineConfig(
         model="/m", drafter="lookup", device="cpu", dtype="float32", threads=3, max_model_len=100, max_num_seqs=4,
         max_num_batched_tokens=64, kv_cache_bytes=2 << 30, max_queued_requests=7,
+        max_queued_tokens=900, stall_timeout_s=5.0,
         num_speculative_tokens=5, speculation="fixed", verification="rejection", cache_dir=Path("/c"),
     )  # fmt: skip
 
@@ -70,8 +72,18 @@ def test_memory_sizes_count_in_1024s(text: str, size: int) -> None:
         (["--threads", "0"], ["--threads", "at least 1", "0"]),
         (["--max-num-seqs", "-1"], ["--max-num-seqs", "at least 1", "-1"]),
         (["--drain-timeout", "soon"], ["--drain-timeout", "seconds", "soon"]),
+        (["--hourly-cost", "-1"], ["--hourly-cost", "at least 0", "-1"]),
+        (["--currency", "$"], ["--currency", "USD", "$"]),
         (["--dtype", "int4"], ["--dtype", "bfloat16", "int4"]),
         (["--speculation", "maybe"], ["--speculation", "adaptive", "maybe"]),
+        (["--cors-origins", "example.org"], ["--cors-origins", "https://example.org", "'example.org'"]),
+        (["--cors-origins", "https://a.example/"], ["--cors-origins", "'https://a.example/'"]),
+        (["--cors-origins", "https://*.example"], ["--cors-origins", "'https://*.example'"]),
+        (["--metrics-port", "-1"], ["--metrics-port", "0..65535", "-1"]),
+        (["--metrics-host", "127.0.0.1"], ["--metrics-host", "--metrics-port"]),
+        (["--tool-call-parser", "xml"], ["--tool-call-parser", "hermes", "xml"]),
+        (["--reasoning-parser", "maybe"], ["--reasoning-parser", "think", "maybe"]),
+        (["--chat-template-kwargs", "mood,messages"], ["--chat-template-kwargs", "template variables", "'messages'"]),
         (["--modle", "x"], ["--modle"]),
     ],
 )
@@ -109,6 +121,40 @@ def test_a_port_in_use_is_found_out_before_torch_is_imported() -> None:
     assert result.stderr.count("\n") == 1
     assert f"port {port}" in result.stderr
     assert "in use" in result.stderr
+
+
+def test_a_metrics_port_in_use_is_told_by_its_own_name() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = dspark("serve", "--port", "0", "--metrics-port", port)
+    assert result.returncode == 2
+    assert f"port {port}" in result.stderr
+    assert "choose another --metrics-port" in result.stderr
+
+
+def test_a_file_of_keys_that_cannot_be_used_stops_the_start_before_weights_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("good-key\nnot a secret\n", encoding="utf-8")
+    result = dspark("serve", "--port", "0", "--model", str(tmp_path / "nothing"), "--api-keys-file", str(file))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"dspark serve: --api-keys-file: {file} line 2 should be a key")
+    assert "secret" not in result.stderr
+
+
+def test_help_does_not_show_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_API_KEY", "environment-secret")
+    result = dspark("serve", "--help")
+    assert "$DSPARK_API_KEY" in result.stdout
+    assert "environment-secret" not in result.stdout + result.stderr
+
+
+def test_origins_are_separated_by_commas() -> None:
+    assert options().cors_origins == ()
+    assert options("--cors-origins", "https://a.example, http://localhost:3000").cors_origins == (
+        "https://a.example",
+        "http://localhost:3000",
+    )
+    assert options("--cors-origins", "*").cors_origins == ("*",)
 
 
 def test_a_model_that_is_not_there_is_one_line_and_status_2(tmp_path: Path) -> None:
@@ -149,7 +195,7 @@ def test_the_ready_message_is_a_line_and_a_request_to_try() -> None:
 
 
 SERVE_FAKE = """
-import argparse, sys, itertools
+import sys, itertools
 from pathlib import Path
 sys.path.insert(0, {support!r})
 from fake_engine import FakeEngine, tiny_info
@@ -160,7 +206,9 @@ from dspark.server.text import ModelText
 script = lambda request, index: ((75,) for _ in itertools.count())
 engine = FakeEngine(script, tiny_info(max_model_len=10**9))
 service = Service(engine, ModelText.load(Path({folder!r})), ServerSettings("tiny-model"))
-options = argparse.Namespace(log_level="info", drain_timeout={drain_timeout})
+parser = cli.Parser()
+cli.add_serve_arguments(parser)
+options = parser.parse_args(["--drain-timeout", "{drain_timeout}"])
 sys.exit(cli.run(service, cli.listen("127.0.0.1", 0), options))
 """
 

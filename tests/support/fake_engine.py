@@ -113,6 +113,10 @@ class FakeStream:
     def finished(self) -> bool:
         return all(choice.finished for choice in self.choices)
 
+    def when_freed(self, call: Callable[[], None]) -> None:
+        """The fake frees at once."""
+        call()
+
 
 class FakeEngine:
     """script: what each choice says. max_queued: bound of the waiting queue. slots: requests that run at once."""
@@ -127,6 +131,9 @@ class FakeEngine:
         self.logprob = -0.25
         self.failure: Exception | None = None
         self.failed = False
+        self.stalled = False
+        self.hung = False
+        self.retry_after_s = 1
         self.steps = 0
         self.closed = False
         self._max_queued = max_queued
@@ -140,19 +147,22 @@ class FakeEngine:
     async def start(self) -> None:
         self._loop_task = asyncio.create_task(self._loop())
 
-    def submit(self, request: Request) -> FakeStream:
+    def check_admission(self, cache_salt: bytes = b"") -> None:
         if self.failed:
             raise EngineFailedError("the engine has failed")
         if self._draining:
             raise EngineClosedError("the engine is draining and takes no new work")
+        if len(self._waiting) >= self._max_queued:
+            raise QueueFullError(len(self._waiting), self._max_queued, retry_after_s=self.retry_after_s)
+
+    def submit(self, request: Request) -> FakeStream:
+        self.check_admission(request.cache_salt)
         longest = request.sampling.max_tokens or 1
         total, limit = len(request.prompt_token_ids) + longest, self.info.max_model_len
         if total > limit:
             raise ContextLengthError("prompt_token_ids", f"{total} tokens, but the context holds {limit}")
         if request.n > self.info.max_num_seqs:
             raise RequestError("n", f"n is {request.n}, but {self.info.max_num_seqs} sequences can run at once")
-        if len(self._waiting) >= self._max_queued:
-            raise QueueFullError(len(self._waiting), self._max_queued)
         stream = FakeStream(self, request)
         self.submitted.append(request)
         self._waiting.append(stream)
@@ -162,6 +172,7 @@ class FakeEngine:
         if not stream.finished:
             self.aborted.append(stream.request)
             self._freed_after_cancel += 1
+            stream.facts.cancelled_s = stream.facts.finished_s = time.monotonic()
         for streams in (self._waiting, self._running):
             if stream in streams:
                 streams.remove(stream)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 
 from dspark.engine import EngineInfo, Request
 from dspark.server.app import create_app
+from dspark.server.connection import MAX_HEADER_BYTES, BoundedConnection
 from dspark.server.service import ServerSettings, Service
 from dspark.server.text import ModelText
 
@@ -71,10 +73,11 @@ def serve(
     slots: int = 64,
     api_keys: tuple[str, ...] = (),
     max_body_bytes: int = 1 << 20,
+    **settings: Any,
 ) -> Iterator[RunningServer]:
+    """settings: further ones of `ServerSettings`."""
     engine = FakeEngine(script, info or tiny_info(), max_queued, slots)
-    settings = ServerSettings(MODEL, api_keys, max_body_bytes)
-    service = Service(engine, ModelText.load(folder), settings)
+    service = Service(engine, ModelText.load(folder), ServerSettings(MODEL, api_keys, max_body_bytes, **settings))
     with run_service(service) as url:
         server = RunningServer(url, service, engine)
         with server.http:
@@ -82,14 +85,22 @@ def serve(
 
 
 @contextmanager
-def run_service(service: Service) -> Iterator[str]:
-    """Serve in a thread until left; yields the URL."""
+def run_service(
+    service: Service, *other_sockets: socket.socket, connection: type[BoundedConnection] = BoundedConnection
+) -> Iterator[str]:
+    """Serve in a thread until left, on a free port and the other sockets; yields the URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(service), log_level="error", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        create_app(service),
+        http=connection,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        log_level="error",
+        timeout_graceful_shutdown=2,
+    )
     server = uvicorn.Server(config)
     ready = threading.Event()
     _call_after(server, ready.set)
-    thread = threading.Thread(target=server.run, args=([listener],))
+    thread = threading.Thread(target=server.run, args=([listener, *other_sockets],))
     thread.start()
     try:
         assert ready.wait(20), "the server did not start"
