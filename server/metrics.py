@@ -6,10 +6,12 @@ child is resolved once, so that taking in a step costs a few additions. Times ar
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from platform import python_version
 
 import prometheus_client
@@ -18,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from dspark.engine import EngineGauges, EngineInfo, Phase, PlainReason, Reason, RequestFacts, StepFacts
 from dspark.server.errors import ERROR_KINDS
 from dspark.server.histogram import BatchHistogram, HistogramChild
+from dspark.server.recent_speculation import RecentCalibration, RecentSpeedup
 
 PREFIX = "dspark_"
 
@@ -42,19 +45,28 @@ LAST_POSITION = 15
 SERVER_STATES = ("starting", "ready", "draining", "degraded")
 CONTROLLER_STATES = ("off", "full", "limited", "minimal", "plain")
 ENDPOINTS = ("chat_completions", "completions")
-OUTCOMES = ("stop", "length", "abort", "error", "shed")
+OUTCOMES = ("stop", "length", "tool_calls", "abort", "timeout", "error", "shed", "replay", "join")
 SHED_REASONS = ("queue_full", "draining")
-CANCEL_CAUSES = ("client_disconnect", "shutdown")
+CANCEL_CAUSES = ("client_disconnect", "deadline", "shutdown")
+KEYED_RESULTS = ("new", "replay", "join", "conflict", "expired", "store_error")
 REJECTED = ("mismatch", "after_mismatch", "after_stop")
 ROUTES = {
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
     "/v1/models": "GET",
     "/v1/models/{model}": "GET",
     "/health": "GET",
+    "/health/live": "GET",
+    "/health/ready": "GET",
+    "/version": "GET",
+    "/openapi.json": "GET",
     "/metrics": "GET",
 }
 OTHER = "other"
+RESIDENT_PAGES = Path("/proc/self/statm")
+"""Linux only; the second number is the resident set in pages."""
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
 
@@ -107,8 +119,13 @@ class HttpMetrics:
             self._answers.labels(route, method, "200")
         self._errors = families.counter("request_errors", "Errors answered to clients.", type=ERROR_KINDS)
         failures = Counter(PREFIX + "auth_failures", "Requests without a valid API key.", ["reason"], registry=registry)
-        self.auth_failures = {reason: failures.labels(reason) for reason in ("missing", "invalid")}
+        self.auth_failures = {reason: failures.labels(reason) for reason in ("missing", "invalid", "revoked")}
+        reloads = Counter(
+            PREFIX + "api_key_reloads", "Times the changed file of API keys was read.", ["result"], registry=registry
+        )
+        self.api_key_reloads = {result: reloads.labels(result) for result in ("ok", "failed")}
         self.stream_clients = families.gauge("stream_clients", "Open SSE streams.")
+        self.refusal = families.histogram("refusal_seconds", "Request read to refusal (429 or 503) written.", LAG)
         state = Gauge(PREFIX + "server_state", "1 for the state the server is in.", ["state"], registry=registry)
         self._states = {name: state.labels(name) for name in SERVER_STATES}
         lag = BatchHistogram(
@@ -151,6 +168,7 @@ class RequestMetrics:
         }
         self._shed = families.counter("requests_shed", "Requests refused before any work.", reason=SHED_REASONS)
         self._cancelled = families.counter("requests_cancelled", "Requests aborted.", cause=CANCEL_CAUSES)
+        self._cancel = families.histogram("cancel_seconds", "Abort of a request to its K/V blocks being free.", LAG)
         self._modes = families.counter(
             "spec_requests", "Ended requests by how they ran.", mode=("speculative", "plain", "mixed")
         )
@@ -178,12 +196,18 @@ class RequestMetrics:
         self._ended[endpoint, "shed"].inc()
         self._shed[reason].inc()
 
+    def repeated(self, endpoint: str, outcome: str) -> None:
+        """outcome: `join` or `replay`, of a request whose answer another one's generation makes or has made."""
+        self._ended[endpoint, outcome].inc()
+
     def ended(self, endpoint: str, outcome: str, duration_s: float) -> None:
         self._ended[endpoint, outcome].inc()
-        self._duration["error" if outcome == "error" else "ok"].observe(duration_s)
+        self._duration["error" if outcome in ("error", "timeout", "shed") else "ok"].observe(duration_s)
 
-    def cancelled(self, cause: str) -> None:
+    def cancelled(self, cause: str, seconds: float) -> None:
+        """Call when the engine has freed the request's K/V. seconds: since it was aborted."""
         self._cancelled[cause].inc()
+        self._cancel.observe(seconds)
 
     def engine_request(self, facts: RequestFacts, choices: int) -> None:
         """One prompt's facts at its end; a request of several prompts brings several."""
@@ -206,13 +230,28 @@ class RequestMetrics:
                 self._per_token.observe(decode_s / (facts.generated_tokens / choices - 1))
 
 
+class IdempotencyMetrics:
+    """Requests with an Idempotency-Key, and what is kept for those that may be sent again."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        requests = Counter(
+            PREFIX + "idempotency_requests", "Requests with an Idempotency-Key.", ["result"], registry=registry
+        )
+        entries = Gauge(PREFIX + "idempotency_entries", "Answers held by key.", ["state"], registry=registry)
+        evictions = Counter(
+            PREFIX + "idempotency_evictions", "Answers given up before a retry asked.", ["reason"], registry=registry
+        )
+        self.requests = {result: requests.labels(result) for result in KEYED_RESULTS}
+        self.entries = {state: entries.labels(state) for state in ("in_progress", "done")}
+        self.evictions = {reason: evictions.labels(reason) for reason in ("ttl", "size", "store_error")}
+
+
 class StepMetrics:
     """Sums of each engine step: batch, times, tokens, speculation, calibration, controller."""
 
     def __init__(self, families: Families, max_draft_tokens: int) -> None:
         phases = [phase.value for phase in Phase]
         bands = [*(band for _, band in TOKEN_BANDS), LAST_TOKEN_BAND]
-        self._last_step = families.gauge("engine_last_step_timestamp_seconds", "Unix time the last step ended.")
         self._batch_tokens = families.histograms("step_batch_tokens", "Tokens of one step.", STEPTOK, phase=phases)
         self._batch_requests = families.histograms("step_batch_requests", "Sequences of a step.", BATCH, phase=phases)
         self._verify = families.histograms(
@@ -273,6 +312,11 @@ class StepMetrics:
         )
         self._confidence_sum = families.counter("spec_confidence_sum", "Sum of their confidences.", bin=bins)
         self._expected = families.total("spec_expected_accepted_tokens", "Acceptances the controller expected.")
+        self._recent_calibration = RecentCalibration()
+        self._calibration_error = families.gauge(
+            "spec_calibration_error_ratio",
+            "Expected calibration error of the last 10,000 judged drafts, less what chance alone would show; NaN before any.",
+        )
 
     def _init_controller(self, families: Families) -> None:
         self._draft_limit = families.gauge("controller_draft_limit_tokens", "Longest draft of the last step.")
@@ -286,10 +330,19 @@ class StepMetrics:
         self._plain_estimate = families.total(
             "decode_plain_estimate_seconds", "Cost model's time for plain decoding of the same tokens."
         )
+        self._recent_speedup = RecentSpeedup()
+        self._speedup = families.gauge(
+            "spec_speedup_ratio",
+            "Estimated plain decoding time over decoding time, last minute; NaN when nothing was decoded in it.",
+        )
+
+    def read_recent(self) -> None:
+        """Set the gauges that stand for a moving window; called at every scrape."""
+        self._speedup.set(self._recent_speedup.ratio(time.monotonic()))
+        self._calibration_error.set(self._recent_calibration.error())
 
     def step(self, facts: StepFacts) -> None:
         """Take in one step's sums; called on the event loop, once per step."""
-        self._last_step.set(time.time())
         phase = facts.phase.value
         self._batch_tokens[phase].observe(facts.batch_tokens)
         self._batch_requests[phase].observe(facts.batch_sequences)
@@ -301,6 +354,7 @@ class StepMetrics:
             self._observed.inc(facts.step_s)
             self._decode.inc(facts.step_s)
             self._plain_estimate.inc(facts.plain_estimate_s)
+            self._recent_speedup.add(time.monotonic(), facts.step_s, facts.plain_estimate_s)
         if facts.draft_s:
             self._draft.observe(facts.draft_s)
         self._overhead["schedule"].observe(facts.schedule_s)
@@ -354,6 +408,19 @@ class StepMetrics:
                 _add(self._confidence_accepted[name], facts.confidence_accepted[b])
                 _add(self._confidence_sum[name], facts.confidence_sum[b])
             _add(self._expected, facts.expected_accepted)
+            self._recent_calibration.add(facts.confidence_count, facts.confidence_accepted, facts.confidence_sum)
+
+
+class EngineTotal:
+    """A counter of which the engine itself keeps count."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._seen = 0
+
+    def read(self, total: int) -> None:
+        self._counter.inc(total - self._seen)
+        self._seen = total
 
 
 class StateMetrics:
@@ -365,6 +432,7 @@ class StateMetrics:
         self._waiting = families.gauge("requests_waiting", "Requests admitted, not yet scheduled.")
         self._waiting_limit = families.gauge("requests_waiting_limit", "Bound of the waiting queue.")
         self._prompt_waiting = families.gauge("prompt_tokens_waiting", "Prompt tokens in the queue.")
+        self._prompt_waiting_limit = families.gauge("prompt_tokens_waiting_limit", "Bound of the queue in tokens.")
         self._verify_requests = families.gauge("verify_queue_requests", "Work beyond the token budget, in requests.")
         self._verify_tokens = families.gauge("verify_queue_tokens", "Prompt tokens of it not yet computed.")
         self._usage = families.gauge("kv_cache_usage_ratio", "Share of KV blocks held by live requests.")
@@ -376,6 +444,15 @@ class StateMetrics:
             "Predicted verify time at the top of a token band.",
             tokens=[band for _, band in TOKEN_BANDS],
         )
+        self._last_step = families.gauge("engine_last_step_timestamp_seconds", "Unix time the last step ended.")
+        self._step_limit = families.gauge(
+            "engine_step_limit_tokens", "Rows that one step may have; fewer for a while after memory ran out."
+        )
+        self._stalls = EngineTotal(families.total("engine_stalls", "Times work waited and no step ended in time."))
+        self._failed_steps = EngineTotal(families.total("engine_failed_steps", "Steps that failed their requests."))
+        self._retries = EngineTotal(
+            families.total("engine_out_of_memory_retries", "Steps run again, smaller, after memory ran out.")
+        )
 
     def read(self, gauges: EngineGauges) -> None:
         self._running.set(gauges.requests_running)
@@ -383,6 +460,12 @@ class StateMetrics:
         self._waiting.set(gauges.requests_waiting)
         self._waiting_limit.set(gauges.waiting_limit)
         self._prompt_waiting.set(gauges.prompt_tokens_waiting)
+        self._prompt_waiting_limit.set(gauges.prompt_tokens_waiting_limit)
+        self._last_step.set(gauges.last_step_unix_s)
+        self._step_limit.set(gauges.step_tokens_limit)
+        self._stalls.read(gauges.stalls_total)
+        self._failed_steps.read(gauges.failed_steps_total)
+        self._retries.read(gauges.out_of_memory_retries_total)
         self._verify_requests.set(gauges.verify_queue_requests)
         self._verify_tokens.set(gauges.verify_queue_tokens)
         blocks = gauges.blocks_used + gauges.blocks_cached + gauges.blocks_free
@@ -398,10 +481,34 @@ class StateMetrics:
                 self._cost[band].set(gauges.cost_model_s[top])
 
 
+class MemoryMetrics:
+    """Bytes of the device the engine computes on; what the system does not tell is left out."""
+
+    def __init__(self, registry: CollectorRegistry, info: EngineInfo) -> None:
+        family = Gauge(
+            PREFIX + "device_memory_bytes",
+            "Memory of the device; allocated: by this process.",
+            ["device", "kind"],
+            registry=registry,
+        )
+        family.labels(info.device, "kv_cache").set(info.kv_cache_bytes)
+        self._allocated = None
+        if info.device == "cpu":
+            self._page_bytes = os.sysconf("SC_PAGE_SIZE")
+            family.labels("cpu", "total").set(os.sysconf("SC_PHYS_PAGES") * self._page_bytes)
+            if RESIDENT_PAGES.exists():
+                self._allocated = family.labels("cpu", "allocated")
+
+    def read(self) -> None:
+        if self._allocated is not None:
+            self._allocated.set(int(RESIDENT_PAGES.read_text().split()[1]) * self._page_bytes)
+
+
 class Metrics:
     """All families of one server, by who feeds them."""
 
-    def __init__(self, model_name: str, info: EngineInfo) -> None:
+    def __init__(self, model_name: str, info: EngineInfo, hourly_cost: float = 0.0, currency: str = "USD") -> None:
+        """hourly_cost: of this instance in `currency`, 0 when nobody said."""
         # a `_created` series per child would double the page; set here, since the library reads its own
         # PROMETHEUS_DISABLE_CREATED_SERIES only when it is first imported
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -409,8 +516,14 @@ class Metrics:
         families = Families(self.registry, model_name)
         self.http = HttpMetrics(families, self.registry)
         self.requests = RequestMetrics(families, self.registry, model_name)
+        self.idempotency = IdempotencyMetrics(self.registry)
         self.steps = StepMetrics(families, info.max_draft_tokens)
         self.state = StateMetrics(families)
+        self._memory = MemoryMetrics(self.registry, info)
+        cost = Gauge(
+            PREFIX + "instance_cost_per_hour", "What the operator says it costs.", ["currency"], registry=self.registry
+        )
+        cost.labels(currency).set(hourly_cost)
         self._describe(families, model_name, info)
 
     def _describe(self, families: Families, model_name: str, info: EngineInfo) -> None:
@@ -434,7 +547,9 @@ class Metrics:
 
     def page(self, gauges: EngineGauges) -> bytes:
         """The text that GET /metrics answers."""
+        self.steps.read_recent()
         self.state.read(gauges)
+        self._memory.read()
         return prometheus_client.generate_latest(self.registry)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dspark.engine import EngineGauges, Reason, Request, StepFacts
+from dspark.engine import EngineGauges, Phase, Reason, Request, StepFacts
 from dspark.server.histogram import BatchHistogram
 from dspark.server.metrics import Metrics
 
@@ -165,6 +167,56 @@ def test_before_any_request_every_fixed_label_is_there_with_0() -> None:
     assert page.sum("http_requests_total", route="/v1/chat/completions", code="200") == 0
     assert page.sum("spec_accepted_length_tokens_count") == 0
     assert page.sum("controller_cost_model_seconds", tokens="257-512") == 0.2
+    for result in ("new", "replay", "join", "conflict", "expired", "store_error"):
+        assert page.sum("idempotency_requests_total", result=result) == 0
+    for cause in ("client_disconnect", "deadline", "shutdown"):
+        assert page.sum("requests_cancelled_total", cause=cause) == 0
+    assert page.sum("cancel_seconds_count") == page.sum("engine_stalls_total") == 0
+
+
+def test_what_was_not_measured_yet_is_not_a_number_rather_than_a_good_one() -> None:
+    page = Page(Metrics(MODEL, tiny_info()).page(_idle()).decode())
+    assert math.isnan(page.sum("spec_speedup_ratio"))
+    assert math.isnan(page.sum("spec_calibration_error_ratio"))
+
+
+def test_speedup_and_calibration_error_are_of_the_steps_taken_in() -> None:
+    metrics = Metrics(MODEL, tiny_info())
+    confident = StepFacts(phase=Phase.VERIFY, step_s=0.01, plain_estimate_s=0.02, verified=1000, accepted=500)
+    confident.confidence_count[9], confident.confidence_accepted[9], confident.confidence_sum[9] = 1000, 500, 950.0
+    metrics.steps.step(confident)
+    metrics.steps.step(StepFacts(phase=Phase.PREFILL, step_s=9.0))
+    page = Page(metrics.page(_idle()).decode())
+    assert page.sum("spec_speedup_ratio") == 2.0
+    assert page.sum("decode_plain_estimate_seconds_total") / page.sum("decode_seconds_total") == 2.0
+    assert page.sum("spec_calibration_error_ratio") == pytest.approx(0.45, abs=0.01)
+
+
+def test_what_the_engine_counts_itself_is_told_once() -> None:
+    metrics = Metrics(MODEL, tiny_info())
+    for stalls, failed_steps in ((1, 0), (1, 0), (3, 2)):
+        page = metrics.page(replace(_idle(), stalls_total=stalls, failed_steps_total=failed_steps))
+    assert Page(page.decode()).sum("engine_stalls_total") == 3
+    assert Page(page.decode()).sum("engine_failed_steps_total") == 2
+
+
+def test_the_end_of_the_last_step_is_the_engines_own_clock_reading() -> None:
+    page = Metrics(MODEL, tiny_info()).page(replace(_idle(), last_step_unix_s=1.75e9 + 0.25))
+    assert Page(page.decode()).sum("engine_last_step_timestamp_seconds") == 1.75e9 + 0.25
+
+
+def test_the_cost_of_the_server_is_what_the_operator_said_in_that_currency() -> None:
+    unset = Page(Metrics(MODEL, tiny_info()).page(_idle()).decode())
+    assert unset.sum("instance_cost_per_hour", currency="USD") == 0
+    page = Page(Metrics(MODEL, tiny_info(), hourly_cost=0.35, currency="EUR").page(_idle()).decode())
+    assert page.sum("instance_cost_per_hour") == page.sum("instance_cost_per_hour", currency="EUR") == 0.35
+
+
+def test_memory_is_that_of_this_process() -> None:
+    page = Page(Metrics(MODEL, tiny_info(kv_cache_bytes=4096)).page(_idle()).decode())
+    assert page.sum("device_memory_bytes", device="cpu", kind="kv_cache") == 4096
+    allocated = page.sum("device_memory_bytes", device="cpu", kind="allocated")
+    assert 10 * 2**20 < allocated < page.sum("device_memory_bytes", device="cpu", kind="total")
 
 
 def test_the_page_is_small_prefixed_and_has_no_created_series(after_a_wild_run: RunningServer) -> None:
