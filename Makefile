@@ -17,7 +17,7 @@ PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-che
 export PYTHONSAFEPATH := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: serve test test-slow lint bench clean
+.PHONY: serve test test-slow test-slow-packages lint bench clean
 .DELETE_ON_ERROR:
 
 serve: .venv/.model-installed
@@ -28,6 +28,10 @@ test: lint .venv/.model-installed
 
 test-slow: .venv/.model-installed
 	.venv/bin/pytest -m slow $(ARGS)
+
+# Debian's programs that slow tests run; a test whose program is absent skips and names it
+test-slow-packages:
+	apt-get install --yes --no-install-recommends prometheus redis-server buildah debootstrap iproute2 curl
 
 lint: .venv/.package-installed
 	.venv/bin/ruff check .
