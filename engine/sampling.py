@@ -18,6 +18,9 @@ from dspark.engine.noise import NoiseCache
 from dspark.engine.request import SamplingParams, TokenLogprob
 from dspark.kernels.coupled_sampling import argmax_rows, refine_logits, sample_rows
 
+SMALLEST_PENALTY = 1e-30
+"""A smaller one would make logits infinite in fp32, and NaN of what is forbidden; the order of tokens is the same."""
+
 
 class SamplingState:
     """One sequence's parameters and counts, in the runner."""
@@ -82,7 +85,7 @@ class SamplingState:
         if self._seen is not None:
             seen = np.flatnonzero(self._seen | (counts > 0))
             values = logits[seen]
-            rate = np.float32(params.repetition_penalty)
+            rate = np.float32(max(params.repetition_penalty, SMALLEST_PENALTY))
             logits[seen] = np.where(values > 0, values / rate, values * rate)
         logits -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty) * (counts > 0)
 

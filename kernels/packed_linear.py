@@ -36,8 +36,10 @@ class RowPlan:
     max_rows: int
 
 
-def packing_works() -> bool:
-    """The private packing operators exist here and agree with `F.linear`."""
+def packing_works(dtype: torch.dtype = torch.float32) -> bool:
+    """The private packing operators exist here, take `dtype` on this processor and agree with `F.linear`."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     weight, x = torch.eye(32), torch.arange(64, dtype=torch.float32).reshape(2, 32)
@@ -72,7 +74,9 @@ def _invariant_rows(weight: torch.Tensor, plan: RowPlan) -> int:
 def find_row_plan(weight: torch.Tensor, packing: bool) -> RowPlan | None:
     """The first plan that is row-invariant over at least 8 rows, preferring long pieces; None if there is none."""
     longest = 32 if weight.shape[0] > _HEAD_OUT else MAX_PIECE
-    pack_choices = ([1, 32] if weight.dtype == torch.bfloat16 else [32, 1]) if packing else [0]
+    pack_choices = [1, 32] if weight.dtype == torch.bfloat16 else [32, 1]
+    if not (packing and packing_works(weight.dtype)):
+        pack_choices = [0]
     best: RowPlan | None = None
     for min_rows in (1, 2):
         for pack_rows in pack_choices:

@@ -16,6 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from dspark.server.errors import ERROR_TABLE
 from dspark.server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dspark.server.sse import DONE
 
 Schema = dict[str, Any]
 
@@ -57,7 +58,24 @@ def _completion(kind: str, choice: Schema) -> Schema:
     )
 
 
+def _chunk(kind: str, choice: Schema) -> Schema:
+    """`usage` is there when asked for: null up to the last chunk, which has no choices."""
+    return _object(
+        id=TEXT, object=_one_of(kind), created=COUNT, model=TEXT, system_fingerprint=TEXT, choices=_list(choice)
+    )
+
+
+def _event(chunk: str) -> Schema:
+    """A stream is chunks, then [DONE]; or an error, the one event without an id."""
+    content = {"anyOf": [_ref(chunk), _ref("Error")]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    event = _object(data={"anyOf": [{"const": DONE}, data]})
+    event["properties"]["id"] = TEXT
+    return event
+
+
 FINISH_REASON = _one_of("stop", "length", "tool_calls")
+FINISH_REASON_OR_NULL = {"enum": ["stop", "length", "tool_calls", None]}
 CHAT_MESSAGE = _object(role=_one_of("assistant"), content=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 ANSWERS: dict[str, Schema] = {
     "Error": _object(error=_object(message=TEXT, type=TEXT, param=TEXT_OR_NULL, code=TEXT_OR_NULL)),
@@ -66,8 +84,15 @@ ANSWERS: dict[str, Schema] = {
         "chat.completion",
         _object(index=COUNT, message=CHAT_MESSAGE, logprobs=ANYTHING, finish_reason=FINISH_REASON),
     ),
+    "ChatCompletionChunk": _chunk(
+        "chat.completion.chunk",
+        _object(index=COUNT, delta={"type": "object"}, logprobs=ANYTHING, finish_reason=FINISH_REASON_OR_NULL),
+    ),
     "Completion": _completion(
         "text_completion", _object(index=COUNT, text=TEXT, logprobs=ANYTHING, finish_reason=FINISH_REASON)
+    ),
+    "CompletionChunk": _chunk(
+        "text_completion", _object(index=COUNT, text=TEXT, logprobs=ANYTHING, finish_reason=FINISH_REASON_OR_NULL)
     ),
     "Model": _object(id=TEXT, object=_one_of("model"), created=COUNT, owned_by=TEXT, max_model_len=COUNT),
     "ModelList": _object(object=_one_of("list"), data=_list(_ref("Model"))),
@@ -114,7 +139,7 @@ def describe(
         extra["requestBody"] = {"required": True, "content": _json(_ref(body.__name__))}
     if generates:
         extra["parameters"] = KEY_HEADERS
-        responses[200]["content"]["text/event-stream"] = {"schema": TEXT}
+        responses[200]["content"]["text/event-stream"] = {"itemSchema": _event(f"{answer}Chunk")}
         responses[204] = {"description": "The event of Last-Event-ID was the stream's last"}
     if body is not None or 401 in errors:
         extra["security"] = [{}, {"key": []}]
@@ -135,7 +160,8 @@ def _json(schema: Schema) -> dict[str, Any]:
 
 def document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of the application."""
-    made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    # 3.2 is the first that can describe the events of a stream
+    made = get_openapi(title=app.title, version=app.version, openapi_version="3.2.0", routes=app.routes)
     _, defined = models_json_schema([(body, "validation") for body in BODIES], ref_template=REFS)
     components = made.setdefault("components", {})
     components["schemas"] = defined["$defs"] | ANSWERS

@@ -115,6 +115,16 @@ def test_presence_and_frequency_count_output_only_and_repetition_the_prompt_too(
     assert np.flatnonzero(logits == 0.5).tolist() == sorted(set(PROMPT))
 
 
+def test_the_smallest_penalty_leaves_forbidden_tokens_forbidden_and_others_finite() -> None:
+    state = make_state(repetition_penalty=1e-300)
+    logits = random_logits()
+    logits[PROMPT[0]] = -np.inf
+    with np.errstate(all="raise", under="ignore"):
+        state.process(logits, 3, NO_DRAFTS)
+    assert np.flatnonzero(~np.isfinite(logits)).tolist() == [PROMPT[0]]
+    assert logits[PROMPT[0]] == -np.inf
+
+
 # The sampler
 
 
