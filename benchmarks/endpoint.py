@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -195,6 +195,18 @@ class Endpoint:
             record.error = f"no complete answer within {self.request_timeout_s:g} s"
         record.finished_s = time.perf_counter()
         return record
+
+    async def complete(self, **fields: object) -> dict[str, Any]:
+        """Send one chat request with these fields and return its whole answer. Raises EndpointError for any but a 200."""
+        address = f"{self.url}/v1/chat/completions"
+        try:
+            response = await self._client.post(address, json={"model": self.model, **self.extra_body, **fields})
+        except httpx.TransportError as error:
+            raise EndpointError(f"{address}: {_reason(error)}") from error
+        if response.status_code != 200:
+            raise EndpointError(f"{address} answered {response.status_code}: {_error_text(response.text)}")
+        answer: dict[str, Any] = response.json()
+        return answer
 
     async def _read_stream(self, body: Mapping[str, object], record: RequestRecord) -> None:
         async with self._client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:

@@ -17,33 +17,26 @@ import asyncio
 import contextlib
 import importlib.util
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-
-import httpx
 
 from dspark.benchmarks.endpoint import Endpoint, EndpointError
 from dspark.benchmarks.load import Limits, Workload, align, list_of, positive, run_closed, use_optional_fields
 from dspark.benchmarks.machine import describe_machine
 from dspark.benchmarks.prompts import Prompt, mixed
+from dspark.benchmarks.server_process import StartError, free_port, running
 from dspark.engine import ConfigError, locate_model
 
-START_TIMEOUT_S = 300.0
 WARMUP_TOKENS = 8
 OURS = "dspark"
 
 
 class PeerError(Exception):
-    """A server that did not start, failed a request or did not count its tokens: there is nothing to compare."""
+    """A server that failed a request or did not count its tokens: there is nothing to compare."""
 
 
 @dataclass(slots=True)
@@ -97,46 +90,6 @@ def dspark_command(folder: Path, dtype: str, threads: int, port: int) -> list[st
         *("--host", "127.0.0.1"),
         *("--port", str(port)),
     ]
-
-
-@contextlib.contextmanager
-def running(name: str, command: Sequence[str], port: int, threads: int) -> Iterator[str]:
-    """Start a server, wait until it is healthy, give its URL; stop it at the end. Raises PeerError with its output."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-        "PYTHONSAFEPATH": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            if not _becomes_healthy(process, url):
-                output.seek(0)
-                raise PeerError(f"{name} did not start: {' '.join(command)}\n{output.read()[-3000:]}")
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _becomes_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
-    give_up_s = time.monotonic() + START_TIMEOUT_S
-    while process.poll() is None and time.monotonic() < give_up_s:
-        try:
-            if httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == 200:
-                return True
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.5)
-    return False
 
 
 def numbered_prompts(first: int, count: int) -> list[Prompt]:
@@ -261,7 +214,7 @@ def main(args: argparse.Namespace) -> int:
             if not servers:
                 raise PeerError("nothing to measure: give --start or --peer")
             slices = asyncio.run(_compare(servers, args))
-    except (PeerError, EndpointError, ConfigError) as error:
+    except (PeerError, StartError, EndpointError, ConfigError) as error:
         print(f"peers: {error}", file=sys.stderr)
         return 1
     machine = describe_machine()
@@ -294,7 +247,7 @@ async def _compare(servers: Sequence[Server], args: argparse.Namespace) -> list[
 
 def _start(name: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Server:
     folder = locate_model(args.model).folder
-    port = _free_port()
+    port = free_port()
     if name == OURS:
         command = dspark_command(folder, args.dtype, args.threads, port)
         return Server(name, stack.enter_context(running(name, command, port, args.threads)))
@@ -313,11 +266,6 @@ def _named_url(text: str) -> tuple[str, str]:
     if not (name and separator and url):
         raise argparse.ArgumentTypeError(f"must be NAME=URL, got {text!r}")
     return name, url
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":
