@@ -1,4 +1,4 @@
-"""Speculation changes no token of a real model, in bfloat16 where the processor has it: 20 requests, alone and in a batch, with its own drafter."""
+"""Speculation changes no token of a real model in the dtype of this processor: 20 requests, alone and batched."""
 
 from __future__ import annotations
 
