@@ -24,7 +24,7 @@ serve: .venv/.model-installed
 	.venv/bin/dspark serve $(ARGS)
 
 test: lint .venv/.model-installed
-	.venv/bin/pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
+	.venv/bin/pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
 
 test-slow: .venv/.model-installed
 	.venv/bin/pytest -m slow $(ARGS)

@@ -20,6 +20,7 @@ FAST = ("refusal_seconds_bucket{0.01}", "refusal_seconds_bucket{0.05}")
 TIMED = ("goodput", "refusals take")
 
 
+@pytest.mark.slow
 def test_all_claims_but_those_about_time_hold_in_a_short_run(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

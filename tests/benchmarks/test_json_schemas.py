@@ -30,6 +30,7 @@ def test_the_schemas_are_schemas(schema: dict[str, Any]) -> None:
     Draft202012Validator.check_schema(schema)
 
 
+@pytest.mark.slow
 def test_every_claim_holds_on_a_model_with_random_weights(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from dspark.server.service import ServerSettings, Service
 from dspark.server.text import ModelText
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_whatever_is_predicted(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
     config = EngineConfig(
