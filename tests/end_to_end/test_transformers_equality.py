@@ -99,6 +99,7 @@ def smollm2_engine() -> Iterator[RunningEngine]:
         yield engine
 
 
+@pytest.mark.slow
 def test_smollm2_answers_as_in_transformers(
     smollm2: Path, smollm2_prompts: list[list[int]], smollm2_engine: RunningEngine
 ) -> None:
