@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from fakes import Answer, OpenEngine, OracleDrafter, RandomAllocation, read, totals
+from fakes import DTYPES, Answer, OpenEngine, OracleDrafter, RandomAllocation, read, totals
 from identities import assert_identities
 from numpy.typing import NDArray
 from random_grammars import Automaton, AutomatonGrammar, random_automaton
@@ -54,12 +53,7 @@ def languages() -> list[Automaton]:
     return automata(60)
 
 
-NO_BFLOAT16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the processor has no bf16 instructions"
-)
-
-
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=NO_BFLOAT16)])
+@pytest.fixture(scope="module", params=DTYPES)
 def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fakes import Answer, OpenEngine, OracleDrafter, RandomAllocation, RunningEngine, totals
+from fakes import DTYPES, Answer, OpenEngine, OracleDrafter, RandomAllocation, RunningEngine, totals
 from random_requests import random_requests
 
 from dspark.engine import Request
@@ -48,7 +48,7 @@ class Reference:
             assert answer.text == plain.text, f"request {number}: {self.requests[number]}"
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=DTYPES)
 def reference(request: pytest.FixtureRequest, open_engine: OpenEngine) -> Reference:
     requests = random_requests(200, VOCAB_SIZE, EOS_TOKEN_ID)
     plain = open_engine(dtype=request.param, speculation="off")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -62,6 +63,18 @@ async def read(stream: RequestStream, n: int = 1) -> Answer:
             answer.logprobs[delta.index] += delta.logprobs or ()
             answer.finish_reasons[delta.index] = delta.finish_reason
     return answer
+
+
+DTYPES = [
+    "float32",
+    pytest.param(
+        "bfloat16",
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="the processor has no bf16 instructions"
+        ),
+    ),
+]
+"""Of whole engines; without the instructions bfloat16 is right and very slow."""
 
 
 class RunningEngine:
