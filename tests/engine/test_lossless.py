@@ -27,6 +27,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     "adaptive": {"speculation": "adaptive"},
     "any lengths": {"speculation": "adaptive", "controller": RandomAllocation},
 }
+HARDEST_FIRST = [
+    "adaptive",
+    "any lengths",
+    *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("off", "fixed")),
+]
 
 
 @dataclass
@@ -103,7 +108,7 @@ def test_same_tokens_alone(reference: Reference, open_engine: OpenEngine, policy
     assert_speculation_was_exercised(engine, answers, policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", HARDEST_FIRST)
 def test_same_tokens_with_prefix_cache_hits(reference: Reference, open_engine: OpenEngine, policy: str) -> None:
     engine = open_oracle(open_engine, reference, **POLICIES[policy])
     engine.answer_together(reference.requests[:60])
@@ -114,7 +119,7 @@ def test_same_tokens_with_prefix_cache_hits(reference: Reference, open_engine: O
     assert all(answer.facts.cached_tokens >= 16 for answer in long)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", HARDEST_FIRST)
 def test_same_tokens_with_preemption_and_chunked_prefill(
     reference: Reference, open_engine: OpenEngine, policy: str
 ) -> None:
@@ -136,17 +141,17 @@ BLOCK_SIZES = {"lookup": 1.0, "dspark": 2.0, "draft_model": 2.0, "eagle3": 2.5}
 @pytest.mark.parametrize(
     ("drafter", "policy", "cramped"),
     [
-        ("lookup", "fixed", False),
+        pytest.param("lookup", "fixed", False, marks=pytest.mark.slow),
         ("lookup", "adaptive", True),
         ("lookup", "any lengths", True),
         ("dspark", "fixed", True),
         ("dspark", "adaptive", False),
-        ("dspark", "any lengths", True),
+        pytest.param("dspark", "any lengths", True, marks=pytest.mark.slow),
         ("draft_model", "fixed", True),
-        ("draft_model", "adaptive", False),
+        pytest.param("draft_model", "adaptive", False, marks=pytest.mark.slow),
         ("draft_model", "any lengths", True),
         ("eagle3", "fixed", True),
-        ("eagle3", "adaptive", False),
+        pytest.param("eagle3", "adaptive", False, marks=pytest.mark.slow),
         ("eagle3", "any lengths", True),
         ("dspark+lookup", "adaptive", True),
         ("draft_model+lookup", "any lengths", True),
