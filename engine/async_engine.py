@@ -269,14 +269,14 @@ class Engine:
         self._end_streams([*self._streams], error)
         self._idle.set()
 
-    def _fail_requests(self, records: list[RequestRecord], error: Exception) -> None:
+    def _fail_requests(self, records: list[RequestRecord], error: BaseException) -> None:
         self._end_streams([id(record) for record in records], error)
 
-    def _end_streams(self, keys: list[int], error: Exception) -> None:
+    def _end_streams(self, keys: list[int], error: BaseException) -> None:
         for key in keys:
             stream = self._streams.pop(key, None)
             if stream is not None:
-                failure = EngineFailedError("a step failed while this request was in it")
+                failure = EngineFailedError("the engine failed while it worked on this request")
                 failure.__cause__ = error
                 stream.push([], ended=True, error=failure)
 

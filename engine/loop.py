@@ -20,10 +20,14 @@ log = logging.getLogger(__name__)
 
 HEAD_START_S = 0.001
 """How long the worker has the interpreter to itself: work on the loop in its first moments would hold it up."""
-MOST_FAILED_STEPS = 5
-"""After so many failed steps in a row it is not the requests' fault: the engine gives up."""
+MOST_FAILURES = 3
+"""After so many times that requests were ended because steps failed, with no good step between, it was not their fault."""
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "DefaultCPUAllocator")
 """How torch says it: only CUDA has an exception class for it."""
+
+
+class RunFailedError(Exception):
+    """The worker's part of a step raised; the cause is what it raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Loop:
         worker: Executor,
         deliver: Callable[[list[RequestRecord]], None],
         report: Callable[[StepFacts], None],
-        fail: Callable[[list[RequestRecord], Exception], None],
+        fail: Callable[[list[RequestRecord], BaseException], None],
     ) -> None:
         """worker: one thread. deliver: hands deltas to the requests' streams. report: hands facts to whoever counts.
         fail: tells requests that their step failed.
@@ -67,7 +71,7 @@ class Loop:
         self._deliver = deliver
         self._report = report
         self._fail = fail
-        self._failed_in_a_row = 0
+        self._failures_in_a_row = 0
         self._committed: CommittedStep | None = None
 
     async def step(self) -> bool:
@@ -79,9 +83,12 @@ class Loop:
             return False
         try:
             await self._run(batch, started_s)
-        except Exception as error:  # whatever it was, only this step's requests were in it
+        except RunFailedError as failure:
+            self._recover(batch, failure.__cause__ or failure)
+        except Exception as error:  # planning or commit: what this step's requests have is not known any more
+            self.failed_steps += 1
             log.exception("an engine step failed; its %d sequences end", len(batch.sequences))
-            self._end_requests(batch, error)
+            self._end_requests(self.scheduler.fail(batch), error)
         self.last_step_s, self.last_step_unix_s = time.monotonic(), time.time()
         return True
 
@@ -98,27 +105,34 @@ class Loop:
         try:
             result = await running
         except Exception as error:
-            if not (_is_out_of_memory(error) and self.scheduler.retry(batch)):
-                raise
-            self.out_of_memory_retries += 1
-            log.warning("a step ran out of memory (%s): at most %d rows a step now", error, self.scheduler.step_tokens)
-            return
+            raise RunFailedError from error
         ran_s = time.perf_counter()
         facts = StepFacts()
         touched = self.scheduler.commit(batch, allocation, result, facts)  # lengths grow; stops; blocks freed
         committed_s = time.perf_counter()
         facts.schedule_s, facts.commit_s = planned_s - started_s, committed_s - ran_s
         facts.step_s = committed_s - started_s
-        self._failed_in_a_row = 0
+        self._failures_in_a_row = 0
         self._committed = CommittedStep(batch, load, allocation, result, facts, touched)
 
-    def _end_requests(self, batch: Batch, error: Exception) -> None:
-        """Fail the requests of a failed step; the others go on if the pool is whole."""
+    def _recover(self, batch: Batch, error: BaseException) -> None:
+        """Nothing of the step is committed: it is planned again, and no request ends before it is known which one it is."""
+        if _is_out_of_memory(error) and self.scheduler.retry_smaller(batch):
+            self.out_of_memory_retries += 1
+            log.warning("a step ran out of memory (%s): at most %d rows a step now", error, self.scheduler.step_tokens)
+            return
         self.failed_steps += 1
-        self._failed_in_a_row += 1
-        self._fail(self.scheduler.fail(batch), error)
-        if self._failed_in_a_row >= MOST_FAILED_STEPS:
-            raise RuntimeError(f"{MOST_FAILED_STEPS} steps in a row failed") from error
+        log.error("an engine step of %d sequences failed; they are tried again", len(batch.sequences), exc_info=error)
+        guilty = self.scheduler.retry(batch)
+        if guilty is not None:
+            self._end_requests([guilty], error)
+
+    def _end_requests(self, records: list[RequestRecord], error: BaseException) -> None:
+        """Raises RuntimeError when it is not the requests' fault."""
+        self._failures_in_a_row += 1
+        self._fail(records, error)
+        if self._failures_in_a_row >= MOST_FAILURES:
+            raise RuntimeError("steps fail whatever is in them") from error
 
     def _conclude(self) -> None:
         """Tokens of the last step to their streams, its facts to those who count or learn; it is right without them."""
@@ -141,7 +155,7 @@ class Loop:
         self.controller.observe(step_outcome(last.batch, last.load, last.result, last.facts.step_s))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )

@@ -5,9 +5,9 @@ tokens; while decoding it grows by a block at a time. When none is left, drafts 
 sequence is preempted, the newest of these first: it gives its blocks back and later recomputes what is no longer in the prefix
 cache. The oldest of the most urgent can always run, since a request that could not run alone is refused at submit.
 
-A step that fails takes its requests with it. Whatever it wrote lies behind what its sequences had computed, in blocks that
-are theirs alone: only full blocks of computed, committed tokens are shared. One that ran out of memory is planned again, in
-smaller steps, from its sequences' committed tokens.
+A step that fails is planned again from its sequences' committed tokens; until each has been in a step that succeeded nobody
+else starts (see suspects.py). Whatever it wrote lies behind what its sequences had computed, in blocks that are theirs alone:
+only full blocks of computed, committed tokens are shared. One that ran out of memory is planned again in smaller steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dspark.engine.kv_cache import BLOCK_SIZE, KVCache, blocks_for
 from dspark.engine.load_controller import Allocation
 from dspark.engine.request import FinishReason, TokenDelta
 from dspark.engine.sequence import Batch, Decode, Prefill, RequestRecord, Round, Sequence, Status, StepResult
+from dspark.engine.suspects import Suspects
 from dspark.engine.waiting_queue import WaitingQueue, rank
 
 GOOD_STEPS = 64
@@ -28,7 +29,7 @@ GOOD_STEPS = 64
 
 
 class Scheduler:
-    """One thread. `schedule` and one of `commit`, `retry` and `fail` alternate; `add` and `abort` may come in between."""
+    """One thread. `schedule` and one of `commit`, `retry`, `retry_smaller`, `fail` alternate; `add`, `abort` come between."""
 
     def __init__(
         self, kv_cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, stop_token_ids: frozenset[int]
@@ -42,6 +43,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_tokens = max_num_batched_tokens
         self._good_steps = 0
+        self._suspects = Suspects()
         self._wiped: list[int] = []
         self._stop_token_ids = stop_token_ids
         self._ended: list[int] = []
@@ -90,13 +92,13 @@ class Scheduler:
             budget -= self._plan_prefill(sequence, budget, prefills)
         started: list[Sequence] = []
         slots = min(self._max_num_seqs, self.step_tokens)
-        while self.waiting and budget > 0 and len(self.running) < slots and self._admit(sequence := self.waiting.first):
-            started.append(sequence)
-            if sequence.decoding:  # preempted at the end of a block, and all its blocks are still cached
-                decodes.append(sequence)
+        while budget > 0 and len(self.running) < slots and (newcomer := self._next()) and self._admit(newcomer):
+            started.append(newcomer)
+            if newcomer.decoding:  # preempted at the end of a block, and all its blocks are still cached
+                decodes.append(newcomer)
                 budget -= 1
             else:
-                budget -= self._plan_prefill(sequence, budget, prefills)
+                budget -= self._plan_prefill(newcomer, budget, prefills)
         if not decodes and not prefills:
             if not self.has_work:
                 self.waiting.forget_service()
@@ -109,6 +111,13 @@ class Scheduler:
         for sequence in batch.sequences:
             sequence.in_flight = True
         return batch
+
+    def _next(self) -> Sequence | None:
+        """Who starts next: after a failed step one of its sequences."""
+        trial = self._suspects.on_trial
+        if trial is not None:
+            return next((sequence for sequence in self.waiting if sequence in trial), None)
+        return self.waiting.first if self.waiting else None
 
     def _plan_anchors(self) -> list[Sequence]:
         """The decoding sequences, each with a block for its anchor."""
@@ -242,22 +251,27 @@ class Scheduler:
         self._grow_steps()
         return list(touched.values())
 
-    def retry(self, batch: Batch) -> bool:
+    def retry_smaller(self, batch: Batch) -> bool:
         """The step ran out of memory: plan its work again, half as much at a time. False: it was one row already."""
         rows = len(batch.decodes) + batch.prefill_rows + sum(decode.cap for decode in batch.decodes)
         rows = min(rows, self.step_tokens)
         if rows <= 1:
             return False
         self.step_tokens, self._good_steps = rows // 2, 0
-        self._take_back(batch)
-        for sequence in list(self.running):  # their full blocks stay in the prefix cache
-            self._wiped += self.kv_cache.unnamed(sequence.blocks)
-            if sequence.record.aborted:
-                self._finish(sequence, FinishReason.ABORT)
-                self._cancelled += sequence.record.finished
-            else:
-                self._preempt(sequence)
+        self._start_again(batch, list(self.running))
         return True
+
+    def retry(self, batch: Batch) -> RequestRecord | None:
+        """The step failed: plan its work again. → the request that it failed for, which is ended, once that is known.
+
+        Raises AssertionError when the pool is not whole.
+        """
+        guilty = self._suspects.accuse([s for s in batch.sequences if s.status is Status.RUNNING])
+        self._start_again(batch, batch.sequences)
+        if guilty is not None:
+            self._end(guilty.record)
+        self.kv_cache.check([sequence.blocks for sequence in self.running])
+        return None if guilty is None else guilty.record
 
     def fail(self, batch: Batch) -> list[RequestRecord]:
         """End the requests that were in the step, and check the pool; returns them. Raises AssertionError."""
@@ -270,6 +284,18 @@ class Scheduler:
             self._cancelled += ended and record.aborted
         self.kv_cache.check([sequence.blocks for sequence in self.running])
         return records
+
+    def _start_again(self, batch: Batch, sequences: list[Sequence]) -> None:
+        """Send these back to the queue, most of their blocks to the prefix cache."""
+        self._take_back(batch)
+        for sequence in sequences:
+            if sequence.status is Status.RUNNING:
+                self._wiped += self.kv_cache.unnamed(sequence.blocks)
+                if sequence.record.aborted:
+                    self._finish(sequence, FinishReason.ABORT)
+                    self._cancelled += sequence.record.finished
+                else:
+                    self._preempt(sequence)
 
     def _take_back(self, batch: Batch) -> None:
         """The runner may have seen all of the plan or nothing of it."""
@@ -305,6 +331,7 @@ class Scheduler:
                 tokens, reason = tokens[:kept], FinishReason.STOP
         sequence.tokens += tokens
         sequence.finish_reason = reason
+        self._suspects.clear(sequence)
         self._note_tokens(sequence, len(tokens))
         sequence.record.deltas.append(
             TokenDelta(
@@ -352,6 +379,7 @@ class Scheduler:
             self._ended.append(sequence.id)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
         sequence.draft = None
+        self._suspects.clear(sequence)
         if sequence.record.finished:
             sequence.record.facts.finished_s = time.monotonic()
             if sequence.record.on_freed is not None:

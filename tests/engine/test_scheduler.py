@@ -58,12 +58,14 @@ class RandomHistory(RuleBasedStateMachine):
         self.harness.commit(self.in_flight)
         self.in_flight = None
 
-    @rule(out_of_memory=st.booleans())
+    @rule(how=st.sampled_from(["in the runner", "out of memory", "in commit"]))
     @precondition(lambda self: self.in_flight is not None)
-    def fail(self, out_of_memory: bool) -> None:
+    def fail(self, how: str) -> None:
         assert self.in_flight is not None
-        if not (out_of_memory and self.harness.run_out_of_memory(self.in_flight)):
+        if how == "in commit":
             self.harness.fail(self.in_flight)
+        elif how == "in the runner" or not self.harness.run_out_of_memory(self.in_flight):
+            self.harness.fail_in_runner(self.in_flight)
         self.in_flight = None
 
     @rule(which=st.integers(0, 1000))
@@ -278,7 +280,59 @@ def test_a_request_that_was_preempted_goes_before_others_of_its_priority_but_not
     harness.finish()
 
 
-def test_a_failed_step_ends_its_requests_and_no_others() -> None:
+def test_a_step_that_failed_once_ends_nobody_and_its_sequences_run_before_any_other() -> None:
+    harness = Harness(num_blocks=20, max_num_seqs=2, max_num_batched_tokens=64)
+    inside = [harness.add([1] * 20, 9), harness.add([2] * 20, 9)]
+    plan = harness.plan()
+    assert plan is not None
+    urgent = harness.add([3] * 20, 9, priority=-1)
+    assert harness.fail_in_runner(plan) is None
+    again = run(harness)
+    assert [sequence.record for sequence in again.sequences] == inside
+    harness.finish()
+    assert [record.sequences[0].generated for record in (*inside, urgent)] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("guilty", range(7))
+def test_the_request_that_breaks_every_step_is_found_and_the_others_finish(guilty: int) -> None:
+    harness = Harness(num_blocks=40, max_num_seqs=7, max_num_batched_tokens=256)
+    records = [harness.add([kind] * 20, 9) for kind in range(7)]
+    for _ in range(3):
+        run(harness)
+    failed, ended = 0, []
+    while not all(record.finished for record in records):
+        plan = harness.plan()
+        assert plan is not None
+        if records[guilty] in {sequence.record for sequence in plan.batch.sequences}:
+            failed += 1
+            found = harness.fail_in_runner(plan)
+            ended += [found] if found else []
+        else:
+            harness.commit(plan)
+    assert ended == [records[guilty]]
+    assert 4 <= failed <= 7, "all, all again, then halves of seven, and alone"
+    assert [r.sequences[0].generated for r in records if r is not records[guilty]] == [9] * 6
+    harness.finish()
+
+
+def test_one_that_was_cleared_and_breaks_the_next_step_costs_its_neighbour_nothing() -> None:
+    harness = Harness(num_blocks=40, max_num_seqs=2, max_num_batched_tokens=64)
+    moody, neighbour = harness.add([1] * 20, 9), harness.add([2] * 20, 9)
+    passes = 0
+    while not moody.finished:
+        plan = harness.plan()
+        assert plan is not None
+        inside = {sequence.record for sequence in plan.batch.sequences}
+        passes += moody in inside
+        if moody in inside and passes % 2:  # every second step that it is in
+            assert harness.fail_in_runner(plan) is None
+        else:
+            harness.commit(plan)
+    harness.finish()
+    assert moody.sequences[0].generated == neighbour.sequences[0].generated == 9
+
+
+def test_a_step_whose_commit_fails_ends_its_requests_and_no_others() -> None:
     harness = Harness(num_blocks=20, max_num_seqs=2, max_num_batched_tokens=64)
     inside = [harness.add([1] * 20, 9), harness.add([2] * 20, 9, n=3)]
     outside = harness.add([3] * 20, 9)
@@ -299,17 +353,16 @@ def test_the_blocks_a_failed_step_may_have_written_are_cleared_before_they_are_u
     assert plan is not None
     (failed,) = {decode.sequence for decode in plan.batch.decodes}
     shared, own = failed.blocks[:2], failed.blocks[2:]
-    harness.fail(plan)
-    again = harness.add([1] * 40, 9)
+    harness.fail_in_runner(plan)
     batch = run(harness)
     assert batch.wiped == own
-    assert again.facts.cached_tokens == 32
+    assert batch.prefills[0].start == 32, "what was committed before is still there"
     assert not set(batch.wiped) & set(shared)
     assert run(harness).wiped == []
     harness.finish()
 
 
-def test_a_step_that_runs_out_of_memory_is_planned_again_in_smaller_ones_until_a_single_row_fails() -> None:
+def test_a_step_that_runs_out_of_memory_is_planned_again_in_smaller_ones_until_a_single_row_fails_twice() -> None:
     harness = Harness(num_blocks=20, max_num_seqs=4, max_num_batched_tokens=32)
     records = [harness.add([kind] * 20, 9) for kind in (1, 2, 3)]
     limits = []
@@ -320,7 +373,10 @@ def test_a_step_that_runs_out_of_memory_is_planned_again_in_smaller_ones_until_a
             break
         limits.append(harness.scheduler.step_tokens)
     assert limits == [16, 8, 4, 2, 1]
-    assert harness.fail(plan) == records[:1]
+    assert harness.fail_in_runner(plan) is None
+    alone = harness.plan()
+    assert alone is not None
+    assert harness.fail_in_runner(alone) is records[0]
     harness.finish()
     assert [record.sequences[0].generated for record in records] == [0, 9, 9]
 

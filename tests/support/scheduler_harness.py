@@ -103,7 +103,7 @@ class Harness:
         self.check()
 
     def fail(self, plan: Plan) -> list[RequestRecord]:
-        """The runner raised, having seen all of the plan."""
+        """Commit raised, the runner having seen all of the plan."""
         self._faulty = True
         failed = self.scheduler.fail(plan.batch)
         assert {s.record for s in plan.batch.sequences} == set(failed)
@@ -111,11 +111,20 @@ class Harness:
         self.check()
         return failed
 
+    def fail_in_runner(self, plan: Plan) -> RequestRecord | None:
+        """The runner raised, having seen all of the plan; returns the request that ends for it."""
+        self._faulty = True
+        guilty = self.scheduler.retry(plan.batch)
+        assert guilty is None or (guilty.finished and {s.record for s in plan.batch.sequences} == {guilty})
+        assert not any(sequence in self.scheduler.running for sequence in plan.batch.sequences)
+        self.check()
+        return guilty
+
     def run_out_of_memory(self, plan: Plan) -> bool:
         """The runner ran out of memory; False: and there is nothing smaller to try."""
         self._faulty = True
         rows_before = self.scheduler.step_tokens
-        retried = self.scheduler.retry(plan.batch)
+        retried = self.scheduler.retry_smaller(plan.batch)
         assert not retried or 1 <= self.scheduler.step_tokens <= rows_before // 2
         assert not retried or not self.scheduler.running
         self.check()
