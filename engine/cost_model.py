@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 DRIFT_RATE = 0.2
 DRIFT_LIMITS = (0.02, 50.0)
 OUTLIER_WINDOW = 5
@@ -189,9 +189,10 @@ class CostModel:
 
         max_rows: rows of the largest target pass; max_sequences: of the largest batch. context_tokens: K/V entries of
         the pass that tells what context costs (0: do not measure it). budget_s: measured seconds that the target's
-        ladder may take, the drafter's half of it; what was not reached is extrapolated.
+        ladder may take, the drafter's half of it; what was not reached is extrapolated. As far as the largest batch with a
+        draft for each it is measured on any machine: an extrapolated slope there would decide whether a crowd is drafted for.
         """
-        rows, verify_s = _climb(lambda size: measure.verify_s(size, 0), max_rows, budget_s)
+        rows, verify_s = _climb(lambda size: measure.verify_s(size, 0), max_rows, budget_s, 2 * max_sequences)
         sequences, draft_s = _climb(measure.draft_s, max_sequences, budget_s / 2)
         context_s = draft_context_s = 0.0
         if context_tokens:
@@ -314,10 +315,13 @@ class CostModel:
         return model
 
 
-def _climb(measure: Callable[[int], float], largest: int, budget_s: float) -> tuple[list[int], list[float]]:
+def _climb(
+    measure: Callable[[int], float], largest: int, budget_s: float, needed: int = 0
+) -> tuple[list[int], list[float]]:
     """Sizes, ascending, and the median of their passes, in three rounds within `budget_s` of measured time.
 
-    Half of it: the rungs of the ladder once each; those not reached are extrapolated from the last two. To three
+    Half of it: the rungs of the ladder once each; those not reached are extrapolated from the last two. Rungs up to `needed`
+    are reached in any case, and the budget is then twice what that took, if that is more. To three
     quarters: one row more than each rung (that is where hardware of fixed tile sizes jumps) and, between neighbours
     that a straight line does not explain, the middle. The rest: passes again, up to three, the smallest sizes first.
     """
@@ -331,10 +335,11 @@ def _climb(measure: Callable[[int], float], largest: int, budget_s: float) -> tu
         return passes[size][-1]
 
     for size in ladder(largest):
-        if spent_s >= budget_s / 2 and len(passes) >= 2:
+        if spent_s >= budget_s / 2 and len(passes) >= 2 and size > needed:
             break
         time(size)
     reached = max(passes)
+    budget_s = max(budget_s, 2.0 * spent_s)
     for size in ladder(reached):
         if FIRST_TILE <= size < reached and size + 1 not in passes and spent_s < budget_s * 0.75:
             time(size + 1)

@@ -67,11 +67,19 @@ def test_finds_the_jumps_between_the_rungs() -> None:
 
 def test_a_small_budget_stops_the_climb_and_extrapolates() -> None:
     timer = CountingTimer(BY_NAME["zen4_cpu"])
-    model = CostModel.profile(timer, ROWS, 64, budget_s=0.5)
+    model = CostModel.profile(timer, ROWS, 8, budget_s=0.5)
     assert timer.spent_s < 1.0
     assert max(timer.passes) < ROWS
     assert model.max_rows == ROWS
     assert float(model.verify_s(ROWS)) == pytest.approx(BY_NAME["zen4_cpu"].verify_s(ROWS), rel=0.3)
+
+
+def test_a_slow_machine_is_measured_as_far_as_a_full_batch_with_a_draft_each() -> None:
+    slow = CountingTimer(BY_NAME["jagged"])
+    model = CostModel.profile(slow, ROWS, 64, budget_s=1e-3)
+    assert max(slow.passes) == 128
+    for rows in (64, 83, 100, 128):
+        assert float(model.verify_s(rows)) == pytest.approx(BY_NAME["jagged"].verify_s(rows), rel=0.1)
 
 
 def test_a_draft_row_costs_its_context_again_at_the_price_that_was_measured() -> None:
