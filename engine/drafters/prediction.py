@@ -2,7 +2,7 @@
 
 The output is followed along the prediction from its start. Where they part, the place at which the output goes on is looked
 for by its last tokens. A prediction that misleads is listened to less and less: after each block of which nothing came true
-twice as many tokens must agree before the next one.
+twice as many tokens must agree before the next one, and four times as many as long as nothing of it ever did.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from dspark.engine.drafters.drafter import PREDICTION, Draft, DraftRow
 
 TRUST_AT_START = 8
 """Tokens that count as having agreed before the first: the client said that the output begins like this."""
+DISTRUST, FIRST_DISTRUST = 2, 4
+"""Factors by which the tokens grow that must agree; the second while nothing came true yet. (In any two texts of a language
+two tokens agree here and there.)"""
 MOST_COMPARED = 64
 """Tokens compared when a place is looked for; no more are ever asked for, so that a prediction can always come back."""
 
@@ -28,7 +31,7 @@ class _Progress:
     """Of one sequence. read: tokens of it that were taken in. place: index in the prediction of what comes next.
 
     agreed: tokens before `place` that were the output's last ones; 0: the place is lost.  wanted: that must agree.
-    proposed: the first token of the last block, -1 if there was none.
+    proposed: the first token of the last block, -1 if there was none.  distrust: see DISTRUST.
     """
 
     read: int
@@ -36,6 +39,7 @@ class _Progress:
     agreed: int = TRUST_AT_START
     wanted: int = 1
     proposed: int = -1
+    distrust: int = FIRST_DISTRUST
 
 
 class PredictionDrafter:
@@ -86,8 +90,10 @@ class PredictionDrafter:
         new = row.tokens[progress.read :]
         progress.read = len(row.tokens)
         if new.size and progress.proposed >= 0:
-            came_true = int(new[0]) == progress.proposed
-            progress.wanted = 1 if came_true else min(2 * progress.wanted, MOST_COMPARED)
+            if int(new[0]) == progress.proposed:
+                progress.wanted, progress.distrust = 1, DISTRUST
+            else:
+                progress.wanted = min(progress.distrust * progress.wanted, MOST_COMPARED)
             progress.proposed = -1
         expected = row.predicted[progress.place : progress.place + new.size]
         same = int(np.append(expected == new[: expected.size], False).argmin()) if progress.agreed else 0
