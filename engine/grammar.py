@@ -43,6 +43,10 @@ class GrammarProgress:
         self._grammar.rollback(len(drafts))
         return masks
 
+    def forced(self) -> Sequence[int]:
+        """What is worth drafting because no other text is allowed."""
+        return self._grammar.forced()
+
     def append(self, tokens: Sequence[int]) -> None:
         """These tokens have become text."""
         self._advance(tokens)

@@ -30,6 +30,9 @@ class Grammar(Protocol):
     def rollback(self, count: int) -> None:
         """Take back the last `count` tokens taken in."""
 
+    def forced(self) -> Sequence[int]:
+        """Tokens of the text that must follow here, as far as only one may; the text may be cut otherwise, too."""
+
 
 class FinishReason(StrEnum):
     STOP = "stop"

@@ -58,6 +58,16 @@ class SequenceState:
                 self.failure = error
         return [None] * (count + 1)
 
+    def forced(self) -> NDArray[np.int64]:
+        """What the grammar leaves no choice about."""
+        if self.grammar is None or self.failure is not None:
+            return _NO_TOKENS
+        try:
+            return np.array(self.grammar.forced(), np.int64)
+        except GrammarError as error:
+            self.failure = error
+            return _NO_TOKENS
+
     def legal(self, drafts: NDArray[np.int64]) -> int:
         """How many of the drafts the grammar allows; all of them without one."""
         if self.grammar is None:
@@ -280,11 +290,15 @@ class Runner:
         return [
             sequence
             for sequence in _sampled_sequences(batch)
-            if (self.drafter.proposes_free or sequence.record.request.predicted_token_ids)
+            if self._has_free_drafts(sequence)
             and sequence.id not in drafted
             and sequence.record.request.speculates
             and self._goes_on(sequence)
         ]
+
+    def _has_free_drafts(self, sequence: Sequence) -> bool:
+        request = sequence.record.request
+        return self.drafter.proposes_free or bool(request.predicted_token_ids) or request.make_grammar is not None
 
     def _draft(
         self, chosen: Items[Sequence], free: Items[Sequence], calibration: CalibrationTable
@@ -307,6 +321,8 @@ class Runner:
                     free_only=i >= paid,
                     prompt_length=sequence.prompt_len,
                     predicted=state.predicted,
+                    forced=state.forced(),
+                    legal=None if state.grammar is None else state.legal,
                 )
                 for i, (sequence, state) in enumerate(zip(chosen, states, strict=True))
             ]

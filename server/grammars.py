@@ -179,6 +179,11 @@ class MatcherGrammar:
             self._matcher.rollback(count)
             self._check()
 
+    def forced(self) -> list[int]:
+        tokens: list[int] = [] if self._ended else self._matcher.compute_ff_tokens()
+        self._check()
+        return tokens
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(f"the text cannot be followed: {_shortened(self._matcher.get_error())}")

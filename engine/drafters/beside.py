@@ -34,6 +34,7 @@ class Beside:
         self.block_size = main.block_size
         self.feature_layers = main.feature_layers
         self._main = main
+        self._main_has_free = main.proposes_free or isinstance(main, Beside)
         self._free = free
         self._calibration = calibration
 
@@ -52,17 +53,18 @@ class Beside:
 
     def propose(self, rows: Sequence[DraftRow]) -> Draft:
         draft = self._free.propose(rows)
-        asked = np.array([self._main.proposes_free or not row.free_only for row in rows], np.bool_)
+        asked = np.array([self._main_has_free or not row.free_only for row in rows], np.bool_)
         if asked.all() and not draft.lengths.any():
             return self._main.propose(rows)
         sampled = np.array([row.temperature > 0 for row in rows], np.bool_)
         source = np.full(len(rows), len(self._main.sources), np.int8)
-        expected = self._expected_accepted(draft, sampled, source)
+        expected = self._expected_accepted(draft, rows, sampled, source)
         unsure = np.flatnonzero(asked & (expected < SURE_SHARE * self.block_size))
         if unsure.size:
-            other = self._main.propose([rows[i] for i in unsure.tolist()])
+            unsure_rows = [rows[i] for i in unsure.tolist()]
+            other = self._main.propose(unsure_rows)
             other_source: Source = 0 if other.source is None else other.source
-            better = self._expected_accepted(other, sampled[unsure], other_source) > expected[unsure]
+            better = self._expected_accepted(other, unsure_rows, sampled[unsure], other_source) > expected[unsure]
             taken = unsure[better]
             draft.tokens[taken] = other.tokens[better]
             draft.lengths[taken] = other.lengths[better]
@@ -70,8 +72,14 @@ class Beside:
             source[taken] = 0 if other.source is None else other.source[better]
         return Draft(draft.tokens, draft.lengths, draft.confidence, source=source)
 
-    def _expected_accepted(self, draft: Draft, sampled: NDArray[np.bool_], source: Source) -> NDArray[np.float32]:
-        """[B], drafts of the block that the target is expected to accept."""
+    def _expected_accepted(
+        self, draft: Draft, rows: Sequence[DraftRow], sampled: NDArray[np.bool_], source: Source
+    ) -> NDArray[np.float32]:
+        """[B], drafts of the block that the target is expected to accept: none beyond what the row's grammar allows."""
         survival = self._calibration().survival(draft.confidence, sampled, source)
-        proposed = np.arange(self.block_size) < draft.lengths[:, None]
+        legal = [
+            length if row.legal is None else row.legal(tokens[:length])
+            for row, tokens, length in zip(rows, draft.tokens, draft.lengths.tolist(), strict=True)
+        ]
+        proposed = np.arange(self.block_size) < np.array(legal)[:, None]
         return np.where(proposed, survival, np.float32(0.0)).sum(axis=1)

@@ -24,6 +24,8 @@ target's noise, and of that of every other round.
 
 PREDICTION = "prediction"
 """Name of the source that proposes what the request predicts."""
+GRAMMAR = "grammar"
+"""Name of the source that proposes what the request's grammar forces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class DraftRow:
     tokens: [position + 1] int64, prompt and output; the last one is the anchor, at `position`.
     temperature: of the request, 0 when greedy.       noise_key: 64-bit key of the sequence's Gumbel noise.
     prompt_length: tokens of the prompt.              predicted: int64, what the request predicts the output to be.
+    forced: int64, the tokens of what the request's grammar leaves no choice about.
+    legal: how many of these tokens [n] the grammar allows; None: it has no grammar.
     """
 
     sequence_id: int
@@ -65,6 +69,8 @@ class DraftRow:
     free_only: bool = False  # propose what costs nothing, or nothing
     prompt_length: int = 0
     predicted: NDArray[np.int64] = field(default_factory=lambda: NO_TOKENS)
+    forced: NDArray[np.int64] = field(default_factory=lambda: NO_TOKENS)
+    legal: Callable[[NDArray[np.int64]], int] | None = None
 
 
 class Drafter(Protocol):

@@ -25,6 +25,7 @@ from dspark.engine.drafters.drafter import Drafter, Noise
 from dspark.engine.drafters.dspark import DSparkDrafter
 from dspark.engine.drafters.eagle3 import open_eagle3
 from dspark.engine.drafters.eagle3_checkpoint import EAGLE3_ARCHITECTURES
+from dspark.engine.drafters.forced import ForcedDrafter
 from dspark.engine.drafters.lookup import LookupDrafter
 from dspark.engine.drafters.prediction import PredictionDrafter
 from dspark.engine.errors import ConfigError
@@ -73,7 +74,7 @@ def _combine(
     """The drafters side by side, the dearest first, and a calibration with a kind for each."""
     block_size = drafters[0].block_size
     if predictions:
-        drafters = [*drafters, PredictionDrafter(block_size)]
+        drafters = [*drafters, PredictionDrafter(block_size), ForcedDrafter(block_size)]
     calibration = Calibration(block_size, temperatures, sources=len(drafters))
     combined = drafters[0]
     for free in drafters[1:]:

@@ -117,6 +117,22 @@ def test_an_illegal_draft_never_gets_a_row(open_engine: OpenEngine) -> None:
     assert {reason for step in engine.steps for reason in step.truncated} <= {Reason.GRAMMAR, Reason.LENGTH}
 
 
+def test_what_the_grammar_leaves_no_choice_about_is_drafted(open_engine: OpenEngine) -> None:
+    """Eleven tokens that must come, then one of many: two rounds for what plain decoding takes twelve for."""
+    chain = [{100 + i: i + 1} for i in range(11)]
+    automaton = Automaton([*chain, dict.fromkeys(range(3, 90), 0)], frozenset(), END, VOCAB_SIZE)
+    answers = {}
+    for speculation in ("off", "fixed"):
+        engine = open_engine(drafter="lookup", speculation=speculation)
+        request = Request((5, 6, 7), SamplingParams(seed=4, max_tokens=72), make_grammar=maker(automaton))
+        answers[speculation] = (engine.answer(request), engine)
+    (plain, _), (drafted, engine) = answers["off"], answers["fixed"]
+    assert drafted.text == plain.text
+    sums = totals(engine.steps)
+    assert sums["rounds_with_drafts"] + sums["rounds_without_drafts"] <= 6 * 2 + 1
+    assert sums["accepted"] >= 72 - 13
+
+
 def test_where_only_one_token_is_allowed_it_is_sampled_whatever_else_is_asked_for(open_engine: OpenEngine) -> None:
     forced = [300, 7, 7, 150]
     automaton = Automaton([{token: i + 1} for i, token in enumerate(forced)] + [{}], frozenset({4}), END, VOCAB_SIZE)

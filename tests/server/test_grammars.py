@@ -151,6 +151,19 @@ def test_the_mask_is_what_advance_takes_in(grammars: Grammars) -> None:
             grammar.advance([rng.choice(text)])
 
 
+def test_what_is_forced_is_text_that_must_come(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "yesterday"]}}, "required": ["answer"]}
+    grammar = start(grammars, JsonSchema({**schema, "additionalProperties": False}))
+    said = ""
+    while forced := list(grammar.forced()):
+        assert grammar.advance(forced) == len(forced)
+        said += tokenizer.decode(forced, skip_special_tokens=False)
+        if said.endswith("yes"):
+            break
+        grammar.advance(allowed(grammar)[:1])  # white space, say
+    assert "answer" in said
+
+
 def test_the_text_may_end_with_any_end_and_nothing_follows(grammars: Grammars) -> None:
     for end in (EOS_TOKEN_ID, 0):
         grammar = start(grammars, Regex("ab?"))

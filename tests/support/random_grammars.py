@@ -83,6 +83,16 @@ class AutomatonGrammar:
                 return count
         return len(token_ids)
 
+    def forced(self) -> list[int]:
+        forced: list[int] = []
+        state = self._states[-1]
+        while state is not None and len(self.automaton.edges[state]) == 1 and state not in self.automaton.final:
+            ((token, state),) = self.automaton.edges[state].items()
+            forced.append(token)
+            if len(forced) == 64:  # a circle
+                break
+        return forced
+
     def rollback(self, count: int) -> None:
         assert 0 <= count < len(self._states)
         del self._states[len(self._states) - count :]

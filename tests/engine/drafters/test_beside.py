@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dspark.engine.calibration import Calibration
 from dspark.engine.drafters.beside import Beside
 from dspark.engine.drafters.drafter import Draft, DraftRow
+from dspark.engine.drafters.forced import ForcedDrafter
 from dspark.engine.drafters.lookup import LookupDrafter
 from dspark.engine.drafters.prediction import PredictionDrafter
 
@@ -119,6 +120,25 @@ def test_for_a_free_only_row_the_model_is_not_asked() -> None:
     assert draft.lengths.tolist() == [GAMMA, 0]
     assert draft.source is not None
     assert draft.source[0] == LOOKUP
+
+
+def test_what_the_grammar_forbids_promises_nothing() -> None:
+    """The model is surer of its four tokens than lookup, but none of them is allowed."""
+    model = FixedModel(log_odds=5.0)
+    allowed = replace(row(1, [5, 6, 7, 8, 9, 5, 6]), legal=len)
+    cut = replace(allowed, sequence_id=2, legal=lambda tokens: 0 if tokens[0] == 50 else len(tokens))
+    draft = beside(model).propose([allowed, cut])
+    assert draft.source is not None
+    assert draft.source.tolist() == [MODEL, LOOKUP]
+
+
+def test_what_the_grammar_forces_is_drafted_as_far_as_a_block_goes() -> None:
+    forced = ForcedDrafter(GAMMA)
+    rows = [row(1, NEW), replace(row(2, NEW), forced=np.array([30, 31])), replace(row(3, NEW), forced=np.arange(9))]
+    draft = forced.propose(rows)
+    assert draft.lengths.tolist() == [0, 2, GAMMA]
+    assert draft.tokens[1, :2].tolist() == [30, 31]
+    assert draft.tokens[2].tolist() == [0, 1, 2, 3]
 
 
 def test_it_is_the_model_for_everything_but_proposing() -> None:
