@@ -23,6 +23,9 @@ export OMP_WAIT_POLICY := passive
 serve: .venv/.model-installed
 	.venv/bin/dspark serve $(ARGS)
 
+# Tests start hundreds of engines in one process; by default glibc keeps the memory of those that are gone (GiB).
+test test-slow: export MALLOC_MMAP_THRESHOLD_ := 262144
+
 test: lint .venv/.model-installed
 	.venv/bin/pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
 
