@@ -1,6 +1,6 @@
 """A server in trouble: ten times what it can do, clients that leave or read slowly, steps that fail.
 
-    python -m dspark.benchmarks.chaos [--seconds 120] [--overload 10] [--failure-every 10] [--json OUT] [serve's flags]
+    python -m dspark.benchmarks.chaos [--seconds 120] [--overload 10] [--failure-every 30] [--json OUT] [serve's flags]
 
 First the mix's capacity: so many clients in a closed loop that the batch is always full. Then the same mix arrives at
 `--overload` times the rate at which requests ended at capacity, for `--seconds`, and now steps fail, too: every third time
@@ -415,7 +415,7 @@ def parse_arguments() -> argparse.Namespace:
     load.add_argument("--seconds", type=positive(float), default=120.0, help="of overload (default: %(default)g)")
     load.add_argument("--overload", type=positive(float), default=10.0, help="times capacity (default: %(default)g)")
     load.add_argument(
-        "--failure-every", type=positive(float), default=10.0, metavar="S", help="under overload (default: %(default)g)"
+        "--failure-every", type=positive(float), default=30.0, metavar="S", help="under overload (default: %(default)g)"
     )
     load.add_argument(
         "--max-tokens", type=positive(int), default=64, help="of the longest answer (default: %(default)s)"
