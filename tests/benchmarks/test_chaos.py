@@ -95,6 +95,7 @@ def chaos(**changes: Any) -> Chaos:
         pool_fault=None,
         num_blocks=64,
         failed_steps=1,
+        broken=1,
         exit_status=0,
     )
     return replace(good, **{name: change(getattr(good, name)) for name, change in changes.items()})
@@ -114,7 +115,8 @@ def outcome_of_last(outcome: Outcome) -> Callable[[ClientsRun], ClientsRun]:
         ({"overload": lambda run: replace(run, probes=[Probe(503, 0.1)])}, "live"),
         ({"overload_sums": lambda sums: sums | {"requests_total": 9.0}}, "admitted + refused"),
         ({"overload_sums": lambda sums: sums | {"http_requests_total{429}": 2.0}}, "as clients saw"),
-        ({"failed_steps": lambda _: 2}, "steps failed"),
+        ({"failed_steps": lambda _: 2}, "as many steps failed"),
+        ({"broken": lambda _: 0}, "only requests that break every step"),
         ({"idle_sums": lambda sums: sums | {"kv_cache_blocks{used}": 1.0}}, "afterwards"),
         ({"pool_fault": lambda _: "two blocks have one name"}, "pool"),
         ({"after": lambda census: replace(census, tasks=6)}, "tasks, threads"),
@@ -130,7 +132,7 @@ def test_each_claim_can_fail(changes: dict[str, Callable[[Any], Any]], failed: s
 
 def test_an_easy_run_proves_nothing() -> None:
     easy = chaos(overload=lambda run: replace(run, visits=visits(*[Outcome.COMPLETED] * 8)))
-    assert "it was hard: refused, left, read slowly, failed" in [c.text for c in judge(easy, 8.0) if not c.holds]
+    assert "it was hard: refused, left, read slowly, failed steps" in [c.text for c in judge(easy, 8.0) if not c.holds]
 
 
 def test_only_answers_that_were_read_to_their_end_within_the_window_are_good() -> None:

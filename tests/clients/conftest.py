@@ -30,6 +30,7 @@ def real_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         dtype="float32",
         threads=1,
         max_num_seqs=8,
+        max_num_batched_tokens=64,
         kv_cache_bytes=2 << 20,
         num_speculative_tokens=5,
     )

@@ -132,13 +132,20 @@ def test_a_metrics_port_in_use_is_told_by_its_own_name() -> None:
     assert "choose another --metrics-port" in result.stderr
 
 
-def test_a_file_of_keys_that_cannot_be_used_stops_the_start_before_weights_are_read(tmp_path: Path) -> None:
+def test_a_file_of_keys_that_cannot_be_used_stops_the_start_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # what a process of its own may do to itself
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "set_threading_environment", lambda _: None)
     file = tmp_path / "keys"
     file.write_text("good-key\nnot a secret\n", encoding="utf-8")
-    result = dspark("serve", "--port", "0", "--model", str(tmp_path / "nothing"), "--api-keys-file", str(file))
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"dspark serve: --api-keys-file: {file} line 2 should be a key")
-    assert "secret" not in result.stderr
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", "--port", "0", "--model", str(tmp_path / "nothing"), "--api-keys-file", str(file)])
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message.startswith(f"dspark serve: --api-keys-file: {file} line 2 should be a key")
+    assert "secret" not in message
 
 
 def test_help_does_not_show_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,29 +234,37 @@ def endless_process(folder: Path, request: pytest.FixtureRequest) -> Iterator[tu
     process.communicate()
 
 
+CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+# each is a process that imports torch; test_shutdown.py does the same to one with a real engine
 @pytest.mark.parametrize("endless_process", [0.2], indirect=True)
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_and_the_exit_status_is_0(
+@pytest.mark.parametrize("sig", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+def test_a_signal_drains_up_to_the_limit_and_the_exit_status_is_0(
     endless_process: tuple[subprocess.Popen[str], str], sig: signal.Signals
 ) -> None:
-    process, _ = endless_process
-    process.send_signal(sig)
+    process, url = endless_process
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=20) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(sig)
+        assert "service_unavailable" in [line for line in lines if line][-1]
     assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endless_process", [3600], indirect=True)
 def test_while_it_drains_the_port_answers_503_and_a_second_signal_aborts(
     endless_process: tuple[subprocess.Popen[str], str],
 ) -> None:
     process, url = endless_process
-    chat = {"model": "tiny-model", "messages": [{"role": "user", "content": "Hi"}]}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat | {"stream": True}, timeout=20) as response:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT | {"stream": True}, timeout=20) as response:
         lines = response.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
         while httpx.get(f"{url}/health").status_code == 200:
             pass
-        assert httpx.post(f"{url}/v1/chat/completions", json=chat).status_code == 503
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 503
         assert next(line for line in lines if line)
         process.send_signal(signal.SIGTERM)
         assert "service_unavailable" in [line for line in lines if line][-1]

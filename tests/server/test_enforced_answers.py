@@ -51,6 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
         dtype="float32",
         threads=1,
         max_num_seqs=8,
+        max_num_batched_tokens=64,
         kv_cache_bytes=4 << 20,
         num_speculative_tokens=5,
     )

@@ -34,12 +34,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Served:
-    """gate: closed, every step waits in the worker. faults: what the next steps raise."""
+    """gate: closed, every step waits in the worker. held: one has. faults: what the next steps raise."""
 
     service: Service
     http: httpx.Client
     url: str
     gate: threading.Event = field(default_factory=threading.Event)
+    held: bool = False
     faults: list[Exception] = field(default_factory=list)
 
     def chat(self, headers: dict[str, str] | None = None, **fields: object) -> httpx.Response:
@@ -64,7 +65,7 @@ def open_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     @contextmanager
     def start(settings: dict[str, Any] | None = None, **options: Any) -> Iterator[Served]:
-        fields: dict[str, Any] = {"max_num_seqs": 1, "max_queued_requests": 2} | options
+        fields: dict[str, Any] = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_queued_requests": 2} | options
         config = EngineConfig(
             model=str(model_folder), cache_dir=cache, dtype="float32", threads=1, kv_cache_bytes=1 << 20, **fields
         )
@@ -78,6 +79,7 @@ def open_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
             run = parts.runner.run
 
             def run_when_let(*args: Any) -> Any:
+                served.held |= not served.gate.is_set()
                 served.gate.wait(60)
                 if served.faults:
                     raise served.faults.pop(0)
@@ -264,6 +266,7 @@ def test_a_cancellation_counts_when_the_engine_has_freed_what_the_client_held(op
         with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
             next(response.iter_lines())
             served.gate.clear()
+            assert eventually(lambda: served.held)
         assert eventually(lambda: served.outcomes("abort") == 1)
         assert served.metric("requests_cancelled_total", cause="client_disconnect") == 0
         served.gate.set()
@@ -275,19 +278,21 @@ def test_a_cancellation_counts_when_the_engine_has_freed_what_the_client_held(op
 # steps that fail
 
 
-def test_a_failed_step_is_a_500_for_its_requests_and_the_next_are_answered_as_before(
+def test_a_step_that_fails_again_is_a_500_for_its_request_and_the_next_are_answered_as_before(
     open_server: Callable[..., Any],
 ) -> None:
     with open_server() as served:
         before = served.chat(max_tokens=20).json()["choices"]
         served.faults.append(ZeroDivisionError("secret internals"))
+        assert served.chat(max_tokens=20).json()["choices"] == before
+        served.faults += [ZeroDivisionError("secret internals")] * 2
         failed = served.chat(max_tokens=20)
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_failed")
         assert "secret" not in failed.text
         assert served.chat(max_tokens=20).json()["choices"] == before
         assert served.service.state == "ready"
         served.http.get("/metrics")
-        assert served.metric("engine_failed_steps_total") == 1
+        assert served.metric("engine_failed_steps_total") == 3
 
 
 def test_running_out_of_memory_is_not_seen_by_clients(open_server: Callable[..., Any]) -> None:

@@ -57,6 +57,7 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         dtype="float32",
         threads=1,
         max_num_seqs=8,
+        max_num_batched_tokens=64,
         kv_cache_bytes=1 << 20,
         max_queued_requests=4,
         num_speculative_tokens=5,
@@ -158,9 +159,11 @@ def test_the_identities_hold_after_load_with_cancels_and_refusals(server: RealSe
     assert sums["requests_total"] == sums["requests_admitted_total"] + sums["requests_shed_total"]
 
 
+@pytest.mark.slow
 def test_dspark_serve_answers_and_goes_down_in_order(model_folder: Path, tmp_path: Path) -> None:
     command = [DSPARK, "serve", "--model", model_folder, "--served-model-name", MODEL, "--port", "0"]
     command += ["--cache-dir", tmp_path, "--threads", "1", "--kv-cache-memory", "1M", "--api-key", "key"]
+    command += ["--max-num-seqs", "2", "--max-num-batched-tokens", "32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

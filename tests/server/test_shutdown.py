@@ -18,6 +18,7 @@ import pytest
 from tiny_models import write_tiny_model
 
 MODEL = "tiny"
+DSPARK = str(Path(sys.executable).parent / "dspark")
 LONG = {
     "model": MODEL, "prompt": "ab", "stream": True, "ignore_eos": True, "max_tokens": 500, "n": 8, "seed": 1,
 }  # fmt: skip
@@ -53,11 +54,12 @@ Start = Callable[..., object]
 def start(model_folder: Path, cache: Path) -> Start:
     @contextmanager
     def started(*options: str, code: str = "") -> Iterator[ServerProcess]:
-        """code: runs in the server's process before it starts."""
+        """`dspark serve`; code: runs in the server's process before it starts."""
         arguments = ["serve", "--model", str(model_folder), "--served-model-name", MODEL, "--port", "0"]
         arguments += ["--cache-dir", str(cache), "--threads", "1", "--kv-cache-memory", "4M", "--speculation", "off"]
+        arguments += ["--max-num-seqs", "8", "--max-num-batched-tokens", "32"]
         program = f"import sys; from dspark.server import cli; {code}\nsys.exit(cli.main({[*arguments, *options]!r}))"
-        command: Sequence[str] = [sys.executable, "-c", program]
+        command: Sequence[str] = [sys.executable, "-c", program] if code else [DSPARK, *arguments, *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None
@@ -115,6 +117,7 @@ def test_a_second_sigterm_aborts_what_is_left(start: Start) -> None:
         assert server.exit_status() == 0
 
 
+@pytest.mark.slow
 def test_a_drain_ends_at_its_limit(start: Start) -> None:
     with start("--drain-timeout", "0.05") as server:
         with server.http.stream("POST", "/v1/completions", json=LONG) as response:

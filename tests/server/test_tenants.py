@@ -27,7 +27,7 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
     folder = write_tiny_model(tmp_path / "model")
     config = EngineConfig(
         model=str(folder), cache_dir=tmp_path / "cache", dtype="float32", threads=1, max_num_seqs=4,
-        kv_cache_bytes=1 << 20,
+        max_num_batched_tokens=32, kv_cache_bytes=1 << 20,
     )  # fmt: skip
     service = Service(Engine.load(config), ModelText.load(folder), ServerSettings(MODEL, ("key-a", "key-b")))
     with run_service(service) as url, httpx.Client(base_url=url, timeout=60) as http:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+import uvicorn.server
 from fake_engine import FakeEngine, Script, tiny_info
 from openai import OpenAI
 from tokenizers import Tokenizer
@@ -26,6 +29,19 @@ MODEL = "tiny-model"
 EOS = 2
 
 
+class _ShortSleeps:
+    """`asyncio` for uvicorn, which sleeps 0.1 s before it looks again whether to stop, and again before it has stopped."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s / 20)
+
+
+uvicorn.server.asyncio = _ShortSleeps()  # type: ignore[assignment]
+
+
 @dataclass
 class RunningServer:
     url: str
@@ -36,7 +52,7 @@ class RunningServer:
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=20)
 
-    @property
+    @cached_property
     def openai(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=20)
 

@@ -130,8 +130,9 @@ def served(target: Path, drafter: str, requests: Sequence[Request]) -> tuple[lis
         speculation = "off" if drafter == "lookup" else "fixed"
         lookup = None if drafter == "lookup" else False
         config = EngineConfig(
-            model=str(target), drafter=drafter, lookup=lookup, speculation=speculation, kv_cache_bytes=1 << 22
-        )
+            model=str(target), drafter=drafter, lookup=lookup, speculation=speculation, kv_cache_bytes=1 << 22,
+            max_num_seqs=8, max_num_batched_tokens=64,
+        )  # fmt: skip
         engine = await asyncio.to_thread(Engine.load, config)
         await engine.start()
 

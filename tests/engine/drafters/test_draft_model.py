@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +206,17 @@ def test_in_rejection_mode_drafts_are_distributed_as_the_returned_probabilities(
     bench = open_bench(
         folder,
         verification="rejection",
+        max_num_seqs=100,
         noise=lambda keys, positions, rounds: torch.from_numpy(gumbel_noise(keys, positions, rounds, VOCAB_SIZE)),
     )
     s = bench.sequence(20, temperature=1.5)
+    copies = [replace(s, id=s.id + i) for i in range(100)]
+    while 0 in bench.propose(*copies).lengths:  # their contexts are computed in turns
+        pass
     counts = np.zeros(VOCAB_SIZE)
-    for first_key in range(0, 2000, 4):
-        copies = [
-            DraftSequence(s.id + i, s.tokens, s.blocks, s.features, s.temperature, first_key + i) for i in range(4)
-        ]
-        draft = bench.propose(*copies)
+    for first_key in range(0, 2000, 100):
+        draft = bench.propose(*(replace(copy, key=first_key + i) for i, copy in enumerate(copies)))
+        assert draft.lengths.tolist() == [GAMMA] * 100
         counts += np.bincount(draft.tokens[:, 0], minlength=VOCAB_SIZE)
     assert draft.probs is not None
     torch.testing.assert_close(draft.probs[0, 0], (bench.scores(s, [], 0) / 1.5).softmax(dim=0), rtol=1e-3, atol=1e-6)

@@ -17,11 +17,20 @@ KINDS = {"draft_checkpoint": "dspark", "eagle3_checkpoint": "eagle3", "draft_mod
 
 
 @pytest.mark.parametrize(("fixture", "kind"), KINDS.items())
-def test_the_kind_is_read_from_the_config(
-    open_engine: OpenEngine, request: pytest.FixtureRequest, fixture: str, kind: str
+def test_the_kind_is_read_from_the_config_and_its_passes_are_timed(
+    tiny_target: Path, tmp_path: Path, request: pytest.FixtureRequest, fixture: str, kind: str
 ) -> None:
     folder: Path = request.getfixturevalue(fixture)
-    assert kind in open_engine(drafter=str(folder)).parts.runner.drafter.sources
+    config = EngineConfig(
+        str(tiny_target), str(folder), dtype="float32", threads=1, cache_dir=tmp_path, max_num_seqs=2,
+        max_num_batched_tokens=16,
+    )  # fmt: skip
+    parts = start_up(config)
+    assert kind in parts.runner.drafter.sources
+    cost = parts.controller.cost
+    assert cost.max_rows == 16
+    assert 0 < cost.verify_s(1) <= cost.verify_s(16)
+    assert 0 < cost.draft_s(1) <= cost.draft_s(2)
 
 
 @pytest.mark.parametrize(("fixture", "kind"), [("eagle3_checkpoint", "eagle3"), ("draft_model", "draft_model")])

@@ -93,6 +93,7 @@ def open_bench(
     seed: int = 0,
     ids: list[int] | None = None,
     extras: dict[str, Any] | None = None,
+    max_num_seqs: int = 4,
     **options: Any,
 ) -> Bench:
     config = draft_config(**options)
@@ -117,7 +118,7 @@ def open_bench(
         embedding,
         lambda hidden: hidden @ (head if ids is None else head[ids]).T,
         LinearFactory(),
-        max_num_seqs=4,
+        max_num_seqs=max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
         verification=verification,  # type: ignore[arg-type]
         noise=noise or recorded_noise,
@@ -202,6 +203,7 @@ def test_drafts_drawn_with_the_real_noise_are_distributed_as_the_returned_probab
     bench = open_bench(
         tmp_path,
         verification="rejection",
+        max_num_seqs=100,
         noise=lambda keys, positions, rounds: torch.from_numpy(
             gumbel_noise(keys, positions, np.zeros_like(positions), 97)
         ),
@@ -209,8 +211,8 @@ def test_drafts_drawn_with_the_real_noise_are_distributed_as_the_returned_probab
     s = bench.sequence(20, temperature=1.5)
     bench.prefill(s)
     counts = np.zeros(97)
-    for first_key in range(0, 2000, 4):
-        draft = bench.propose(*(replace(s, key=first_key + i) for i in range(4)))
+    for first_key in range(0, 2000, 100):
+        draft = bench.propose(*(replace(s, key=first_key + i) for i in range(100)))
         counts += np.bincount(draft.tokens[:, 0], minlength=97)
     assert draft.probs is not None
     expected = 2000 * draft.probs[0, 0].double().numpy()
