@@ -28,6 +28,8 @@ test test-slow: export MALLOC_MMAP_THRESHOLD_ := 262144
 
 test: lint .venv/.model-installed
 	.venv/bin/pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
+	TRITON_INTERPRET=1 .venv/bin/pytest -n 2 --dist worksteal tests/kernels_gpu/interpreted
+	.venv/bin/pytest -n 2 --dist worksteal tests/kernels_gpu/compiled
 
 test-slow: .venv/.model-installed
 	.venv/bin/pytest -m slow $(ARGS)

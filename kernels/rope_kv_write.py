@@ -25,8 +25,8 @@ from dspark.kernels.simd import LANES, store_as, to_float
 
 def rope_kv_write_reference(
     qkv: torch.Tensor,
-    positions: NDArray[np.int32],
-    slots: NDArray[np.int64],
+    positions: NDArray[np.int32] | torch.Tensor,
+    slots: NDArray[np.int64] | torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     k_cache: torch.Tensor,
@@ -40,7 +40,7 @@ def rope_kv_write_reference(
     kv_heads, dim, block_size = k_cache.shape[1:]
     heads = qkv.shape[1] // dim - 2 * kv_heads
     q, k, v = qkv.reshape(rows, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
-    at = torch.from_numpy(positions).long()
+    at = torch.as_tensor(positions).long()
     c, s = cos[at][:, None], sin[at][:, None]
 
     def rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -48,7 +48,7 @@ def rope_kv_write_reference(
         low, high = wide.chunk(2, dim=-1)
         return torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(x.dtype)
 
-    block, offset = torch.from_numpy(slots) // block_size, torch.from_numpy(slots) % block_size
+    block, offset = torch.as_tensor(slots) // block_size, torch.as_tensor(slots) % block_size
     k_cache[block, :, :, offset] = rotate(k, k_norm)
     v_cache[block, :, offset] = v
     return rotate(q, q_norm)
