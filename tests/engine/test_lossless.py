@@ -100,7 +100,7 @@ def test_same_tokens_in_a_batch_of_32(reference: Reference, open_engine: OpenEng
     assert_speculation_was_exercised(engine, answers, policy)
 
 
-@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
+@pytest.mark.parametrize("policy", [pytest.param("fixed", marks=pytest.mark.slow), "adaptive"])
 def test_same_tokens_alone(reference: Reference, open_engine: OpenEngine, policy: str) -> None:
     engine = open_oracle(open_engine, reference, **POLICIES[policy])
     answers = engine.answer_one_at_a_time(reference.requests)
@@ -142,19 +142,19 @@ BLOCK_SIZES = {"lookup": 1.0, "dspark": 2.0, "draft_model": 2.0, "eagle3": 2.5}
     ("drafter", "policy", "cramped"),
     [
         pytest.param("lookup", "fixed", False, marks=pytest.mark.slow),
-        ("lookup", "adaptive", True),
+        pytest.param("lookup", "adaptive", True, marks=pytest.mark.slow),
         ("lookup", "any lengths", True),
         ("dspark", "fixed", True),
         ("dspark", "adaptive", False),
         pytest.param("dspark", "any lengths", True, marks=pytest.mark.slow),
-        ("draft_model", "fixed", True),
+        pytest.param("draft_model", "fixed", True, marks=pytest.mark.slow),
         pytest.param("draft_model", "adaptive", False, marks=pytest.mark.slow),
         ("draft_model", "any lengths", True),
         ("eagle3", "fixed", True),
         pytest.param("eagle3", "adaptive", False, marks=pytest.mark.slow),
-        ("eagle3", "any lengths", True),
+        pytest.param("eagle3", "any lengths", True, marks=pytest.mark.slow),
         ("dspark+lookup", "adaptive", True),
-        ("draft_model+lookup", "any lengths", True),
+        pytest.param("draft_model+lookup", "any lengths", True, marks=pytest.mark.slow),
         ("eagle3+lookup", "fixed", False),
     ],
 )

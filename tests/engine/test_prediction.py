@@ -37,7 +37,9 @@ def useless(seed: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(1000 + seed).integers(3, 320, TOKENS).tolist())
 
 
-@pytest.fixture(scope="module", params=DRAFTERS)
+@pytest.fixture(
+    scope="module", params=["lookup", "a model with lookup", pytest.param("a model alone", marks=pytest.mark.slow)]
+)
 def engine(open_engine: OpenEngine, request: pytest.FixtureRequest) -> RunningEngine:
     options = dict(DRAFTERS[request.param])
     if options["drafter"] == "draft_checkpoint":

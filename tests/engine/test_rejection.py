@@ -69,7 +69,16 @@ def exact_triples(params: SamplingParams) -> NDArray[np.float64]:
     return first[:, None, None] * second[:, :, None] * third
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize(
+    ("small_draft", "top_k"),
+    [
+        ("dspark", 0),
+        ("draft_model", 5),
+        pytest.param("dspark", 5, marks=pytest.mark.slow),
+        pytest.param("draft_model", 0, marks=pytest.mark.slow),
+    ],
+    indirect=["small_draft"],
+)
 def test_tokens_follow_the_targets_distribution(rejecting: RunningEngine, top_k: int) -> None:
     params = SamplingParams(temperature=1.5, top_k=top_k, max_tokens=4, ignore_eos=True)
     steps = len(rejecting.steps)

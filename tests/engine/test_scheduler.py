@@ -89,7 +89,12 @@ class RandomHistory(RuleBasedStateMachine):
 
 
 TestRandomHistory = RandomHistory.TestCase
-TestRandomHistory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRandomHistory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+class TestManyRandomHistories(RandomHistory.TestCase):
+    settings = settings(max_examples=500, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("seed", range(8))
