@@ -75,7 +75,7 @@ class DraftRow:
 
 class Drafter(Protocol):
     name: str
-    proposes_free: bool  # there may be something to propose for `free_only` rows without a prediction
+    proposes_free: bool  # there may be something to propose for `free_only` rows that bring no prediction or grammar
     sources: tuple[str, ...]  # names of the drafters it combines, its own alone if it is one
     block_size: int  # γ, tokens of a full proposal
     feature_layers: tuple[int, ...]  # target layers whose output `observe` wants; empty: none
@@ -98,3 +98,21 @@ class Drafter(Protocol):
 
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended; drop what was kept for it."""
+
+
+class ContextFree:
+    """The parts of a drafter that looks at the rows alone and needs no features of the target."""
+
+    feature_layers: tuple[int, ...] = ()
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return 0
+
+    def allocate_context(self, num_blocks: int, block_size: int) -> None:
+        """Nothing to make."""
+
+    def observe(self, features: torch.Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
+        """Nothing to inject."""
+
+    def forget(self, sequence_id: int) -> None:
+        """Nothing is kept."""

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dspark.engine.drafters.drafter import Draft, DraftRow
+from dspark.engine.drafters.drafter import ContextFree, Draft, DraftRow
 
 LOG_ODDS_BY_MATCH = (-1.1, 0.0, 0.4, 0.5, 2.3)
 """Log-odds that the first proposed token is accepted, by length of the match in tokens (1 … 5); calibrated online.
@@ -59,7 +58,7 @@ class NgramIndex:
         return found
 
 
-class LookupDrafter:
+class LookupDrafter(ContextFree):
     """Proposes γ = `block_size` tokens for every sequence whose last token occurred before in it.
 
     A match whose continuation is shorter than γ is taken for a period and repeated.
@@ -67,22 +66,12 @@ class LookupDrafter:
 
     name = "lookup"
     sources: tuple[str, ...] = (name,)
-    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, block_size: int, proposes_free: bool = False) -> None:
         """proposes_free: it stands beside a drafter that costs more, so its drafts count as free."""
         self.block_size = block_size
         self.proposes_free = proposes_free
         self._indexes: dict[int, NgramIndex] = {}
-
-    def bytes_per_block(self, block_size: int) -> int:
-        return 0
-
-    def allocate_context(self, num_blocks: int, block_size: int) -> None:
-        """Nothing to make: the tokens are the context."""
-
-    def observe(self, features: torch.Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
-        """Nothing to inject: the tokens are the context."""
 
     def propose(self, rows: Sequence[DraftRow]) -> Draft:
         tokens = np.zeros((len(rows), self.block_size), np.int64)

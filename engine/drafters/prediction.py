@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dspark.engine.drafters.drafter import PREDICTION, Draft, DraftRow
+from dspark.engine.drafters.drafter import PREDICTION, ContextFree, Draft, DraftRow
 
 TRUST_AT_START = 8
 """Tokens that count as having agreed before the first: the client said that the output begins like this."""
@@ -42,26 +41,16 @@ class _Progress:
     distrust: int = FIRST_DISTRUST
 
 
-class PredictionDrafter:
+class PredictionDrafter(ContextFree):
     """Proposes γ = `block_size` tokens, fewer at the prediction's end, for rows that have a prediction."""
 
     name = PREDICTION
     sources: tuple[str, ...] = (name,)
     proposes_free = False
-    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._sequences: dict[int, _Progress] = {}
-
-    def bytes_per_block(self, block_size: int) -> int:
-        return 0
-
-    def allocate_context(self, num_blocks: int, block_size: int) -> None:
-        """Nothing to make: the prediction is the context."""
-
-    def observe(self, features: torch.Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
-        """Nothing to inject: the prediction is the context."""
 
     def forget(self, sequence_id: int) -> None:
         self._sequences.pop(sequence_id, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_inputs import norm_inputs
 from torch import Tensor
 
 from dspark.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -13,13 +14,6 @@ from dspark.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_no
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 16), (1, 576), (3, 64), (5, 80), (7, 1536), (2, 4096)]
-
-
-def inputs(rows: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x and weight in dtype, residual in fp32."""
-    generator = torch.Generator().manual_seed(rows * hidden)
-    x, residual = 3 * torch.randn(2, rows, hidden, generator=generator)
-    return x.to(dtype), residual, (0.5 + torch.rand(hidden, generator=generator)).to(dtype)
 
 
 def assert_within_one_rounding(out: Tensor, wanted: Tensor) -> None:
@@ -31,7 +25,7 @@ def assert_within_one_rounding(out: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "hidden"), SHAPES)
 def test_rms_norm_equals_the_reference(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    x, _, weight = inputs(rows, hidden, dtype)
+    x, _, weight = norm_inputs(rows, hidden, dtype)
     out = rms_norm(x, weight, EPS)
     assert out.dtype == dtype
     assert_within_one_rounding(out, rms_norm_reference(x.float(), weight.float(), EPS))
@@ -39,7 +33,7 @@ def test_rms_norm_equals_the_reference(rows: int, hidden: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("rows", "hidden"), SHAPES)
 def test_an_fp32_stream_is_normed_into_the_weights_dtype(rows: int, hidden: int) -> None:
-    _, residual, weight = inputs(rows, hidden, torch.bfloat16)
+    _, residual, weight = norm_inputs(rows, hidden, torch.bfloat16)
     out = rms_norm(residual, weight, EPS)
     assert out.dtype == torch.bfloat16
     assert_within_one_rounding(out, rms_norm_reference(residual, weight.float(), EPS))
@@ -48,7 +42,7 @@ def test_an_fp32_stream_is_normed_into_the_weights_dtype(rows: int, hidden: int)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "hidden"), SHAPES)
 def test_add_rms_norm_adds_in_place_and_norms_the_sum(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    x, residual, weight = inputs(rows, hidden, dtype)
+    x, residual, weight = norm_inputs(rows, hidden, dtype)
     expected_sum = residual + x.float()
     wanted = add_rms_norm_reference(x.float(), residual.clone(), weight.float(), EPS)
     out = add_rms_norm(x, residual, weight, EPS)
@@ -62,7 +56,7 @@ def test_eps_keeps_a_zero_row_zero_and_finite() -> None:
 
 
 def test_no_rows_give_no_rows() -> None:
-    x, residual, weight = inputs(1, 64, torch.float32)
+    x, residual, weight = norm_inputs(1, 64, torch.float32)
     assert rms_norm(x[:0], weight, EPS).shape == (0, 64)
     assert add_rms_norm(x[:0], residual[:0], weight, EPS).shape == (0, 64)
 
@@ -70,7 +64,7 @@ def test_no_rows_give_no_rows() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "hidden"), SHAPES)
 def test_a_row_alone_has_the_bits_of_the_row_in_the_batch(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    x, residual, weight = inputs(rows, hidden, dtype)
+    x, residual, weight = norm_inputs(rows, hidden, dtype)
     sums = residual.clone()
     plain, added = rms_norm(x, weight, EPS), add_rms_norm(x, sums, weight, EPS)
     for row in range(rows):
@@ -82,7 +76,7 @@ def test_a_row_alone_has_the_bits_of_the_row_in_the_batch(rows: int, hidden: int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_and_two_threads_give_the_same_bits(dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
-    x, residual, weight = inputs(7, 1536, dtype)
+    x, residual, weight = norm_inputs(7, 1536, dtype)
     results = []
     for threads in (1, 2):
         set_threads(threads)

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from kernel_inputs import Projection
 from torch import Tensor
 
 from dspark.kernels.rope_kv_write import rope_kv_write, rope_kv_write_reference
 
 BLOCK = 16
 NUM_BLOCKS = 9
-EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]
 HEAD_SHAPES = [(1, 1, 32), (4, 2, 64), (3, 1, 80), (8, 1, 128), (5, 5, 48)]
 POSITIONS = [[0], [15], [16], [17], [0, 15, 16, 17, 99, 3, 3]]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The output of a fused q/k/v projection and where its rows go."""
-
-    qkv: Tensor
-    positions: NDArray[np.int32]
-    slots: NDArray[np.int64]
-    cos: Tensor
-    sin: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-
-    def run(self, kernel: Callable[..., Tensor] = rope_kv_write) -> tuple[Tensor, Tensor, Tensor]:
-        """q and what copies of the caches hold afterwards."""
-        k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
-        tables = (self.cos, self.sin, k_cache, v_cache, self.q_norm, self.k_norm, EPS)
-        return kernel(self.qkv, self.positions, self.slots, *tables), k_cache, v_cache
-
-    def as_float(self) -> Projection:
-        wide = replace(self, qkv=self.qkv.float(), k_cache=self.k_cache.float(), v_cache=self.v_cache.float())
-        if self.q_norm is None or self.k_norm is None:
-            return wide
-        return replace(wide, q_norm=self.q_norm.float(), k_norm=self.k_norm.float())
-
-    def row(self, i: int) -> Projection:
-        rows = slice(i, i + 1)
-        return replace(self, qkv=self.qkv[rows], positions=self.positions[rows], slots=self.slots[rows])
 
 
 def projection(
@@ -83,7 +51,7 @@ def test_equals_the_reference(
     heads: int, kv_heads: int, dim: int, positions: list[int], dtype: torch.dtype, norms: bool
 ) -> None:
     case = projection(heads, kv_heads, dim, positions, dtype, norms)
-    q, k_cache, v_cache = case.run()
+    q, k_cache, v_cache = case.run(rope_kv_write)
     wanted_q, wanted_k, wanted_v = case.as_float().run(rope_kv_write_reference)
     rtol = (2.0**-8 if dtype == torch.bfloat16 else 0.0) + 1e-5
     assert q.dtype == dtype
@@ -95,7 +63,7 @@ def test_equals_the_reference(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_the_named_slots_and_no_other(dtype: torch.dtype) -> None:
     case = projection(4, 2, 64, POSITIONS[-1], dtype)
-    _, k_cache, v_cache = case.run()
+    _, k_cache, v_cache = case.run(rope_kv_write)
     named = torch.zeros(NUM_BLOCKS * BLOCK, dtype=torch.bool)
     named[torch.from_numpy(case.slots)] = True
     k_changed = (k_cache != case.k_cache).permute(0, 3, 1, 2).reshape(NUM_BLOCKS * BLOCK, -1)
@@ -107,7 +75,7 @@ def test_writes_the_named_slots_and_no_other(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_position_zero_rotates_nothing(dtype: torch.dtype) -> None:
     case = projection(3, 1, 32, [0], dtype, norms=False)
-    q, k_cache, _ = case.run()
+    q, k_cache, _ = case.run(rope_kv_write)
     block, offset = divmod(int(case.slots[0]), BLOCK)
     assert torch.equal(q.flatten(), case.qkv[0, : 3 * 32])
     assert torch.equal(k_cache[block, 0, :, offset], case.qkv[0, 3 * 32 : 4 * 32])
@@ -116,9 +84,9 @@ def test_position_zero_rotates_nothing(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_query_heads_only_the_caches_are_written(dtype: torch.dtype) -> None:
     case = projection(4, 2, 64, POSITIONS[-1], dtype)
-    _, k_cache, v_cache = case.run()
+    _, k_cache, v_cache = case.run(rope_kv_write)
     context_only = replace(case, qkv=case.qkv[:, 4 * 64 :].contiguous(), q_norm=None)
-    q, k_again, v_again = context_only.run()
+    q, k_again, v_again = context_only.run(rope_kv_write)
     assert q.shape == (7, 0, 64)
     assert torch.equal(k_again, k_cache)
     assert torch.equal(v_again, v_cache)
@@ -126,7 +94,9 @@ def test_without_query_heads_only_the_caches_are_written(dtype: torch.dtype) -> 
 
 def test_no_rows_write_nothing() -> None:
     case = projection(4, 2, 64, [0], torch.float32)
-    q, k_cache, _ = replace(case, qkv=case.qkv[:0], positions=case.positions[:0], slots=case.slots[:0]).run()
+    q, k_cache, _ = replace(case, qkv=case.qkv[:0], positions=case.positions[:0], slots=case.slots[:0]).run(
+        rope_kv_write
+    )
     assert q.shape == (0, 4, 64)
     assert torch.equal(k_cache, case.k_cache)
 
@@ -138,10 +108,10 @@ def test_rows_written_one_by_one_have_the_bits_of_rows_written_together(
     heads: int, kv_heads: int, dim: int, dtype: torch.dtype, norms: bool
 ) -> None:
     case = projection(heads, kv_heads, dim, POSITIONS[-1], dtype, norms)
-    q, k_cache, v_cache = case.run()
+    q, k_cache, v_cache = case.run(rope_kv_write)
     alone, k_alone, v_alone = [], case.k_cache, case.v_cache
     for i in range(len(case.positions)):
-        one_q, k_alone, v_alone = replace(case.row(i), k_cache=k_alone, v_cache=v_alone).run()
+        one_q, k_alone, v_alone = replace(case.row(i), k_cache=k_alone, v_cache=v_alone).run(rope_kv_write)
         alone.append(one_q)
     assert torch.equal(torch.cat(alone), q)
     assert torch.equal(k_alone, k_cache)
@@ -152,6 +122,6 @@ def test_rows_written_one_by_one_have_the_bits_of_rows_written_together(
 def test_one_and_two_threads_give_the_same_bits(dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
     case = projection(4, 2, 64, POSITIONS[-1], dtype)
     set_threads(1)
-    one = case.run()
+    one = case.run(rope_kv_write)
     set_threads(2)
-    assert all(torch.equal(a, b) for a, b in zip(one, case.run(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one, case.run(rope_kv_write), strict=True))

@@ -28,7 +28,7 @@ from dspark.engine import (
     TokenLogprob,
 )
 from dspark.engine.cost_model import CostModel, SizeCurve
-from dspark.engine.drafters.drafter import Draft, Drafter, DraftRow
+from dspark.engine.drafters.drafter import ContextFree, Draft, Drafter, DraftRow
 from dspark.engine.load_controller import Allocation, LoadController, StepLoad
 from dspark.engine.noise import sequence_key
 from dspark.engine.startup import EngineParts, start_up
@@ -198,7 +198,7 @@ class RandomAllocation(LoadController):
         )
 
 
-class OracleDrafter:
+class OracleDrafter(ContextFree):
     """Proposes the target's own next tokens, each corrupted with probability `error_rate`.
 
     Without corruption a random target would accept nothing, and losslessness would hold for no reason. Log-odds are
@@ -208,7 +208,6 @@ class OracleDrafter:
     name = "oracle"
     sources = (name,)
     proposes_free = False
-    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, block_size: int, vocab_size: int, error_rate: float = 0.15) -> None:
         self.block_size = block_size
@@ -224,18 +223,6 @@ class OracleDrafter:
         for choice, output in enumerate(tokens):
             key = sequence_key(request.sampling.seed, choice, prompt)
             self._texts[key] = np.concatenate((prompt, np.array(output, np.int64)))
-
-    def bytes_per_block(self, block_size: int) -> int:
-        return 0
-
-    def allocate_context(self, num_blocks: int, block_size: int) -> None:
-        """No context."""
-
-    def observe(self, features: torch.Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
-        """No context."""
-
-    def forget(self, sequence_id: int) -> None:
-        """Texts are kept: the same request comes again."""
 
     def propose(self, rows: Sequence[DraftRow]) -> Draft:
         shape = (len(rows), self.block_size)

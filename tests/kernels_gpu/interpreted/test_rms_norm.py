@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_inputs import norm_inputs
 from torch import Tensor
 
 from dspark.kernels.gpu.rms_norm import add_rms_norm, rms_norm
@@ -21,13 +22,6 @@ CASES = [
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
-def inputs(rows: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x and weight in dtype, residual in fp32."""
-    generator = torch.Generator().manual_seed(rows * hidden)
-    x, residual = 3 * torch.randn(2, rows, hidden, generator=generator)
-    return x.to(dtype), residual, (0.5 + torch.rand(hidden, generator=generator)).to(dtype)
-
-
 def assert_within_one_rounding(out: Tensor, wanted: Tensor) -> None:
     """`wanted` was computed in fp32."""
     half_ulp = 2.0**-11 if out.dtype == torch.float16 else 0.0
@@ -38,7 +32,7 @@ def assert_within_one_rounding(out: Tensor, wanted: Tensor) -> None:
 def test_rms_norm_equals_the_reference_for_a_stream_of_fp32_and_of_the_weights_dtype(
     rows: int, hidden: int, dtype: torch.dtype
 ) -> None:
-    x, residual, weight = inputs(rows, hidden, dtype)
+    x, residual, weight = norm_inputs(rows, hidden, dtype)
     for stream in (x, residual):
         out = rms_norm(stream, weight, EPS)
         assert out.dtype == dtype
@@ -47,7 +41,7 @@ def test_rms_norm_equals_the_reference_for_a_stream_of_fp32_and_of_the_weights_d
 
 @pytest.mark.parametrize(("rows", "hidden", "dtype"), CASES)
 def test_add_rms_norm_adds_in_place_and_norms_the_sum(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    x, residual, weight = inputs(rows, hidden, dtype)
+    x, residual, weight = norm_inputs(rows, hidden, dtype)
     expected_sum = residual + x.float()
     wanted = add_rms_norm_reference(x.float(), residual.clone(), weight.float(), EPS)
     out = add_rms_norm(x, residual, weight, EPS)
@@ -57,7 +51,7 @@ def test_add_rms_norm_adds_in_place_and_norms_the_sum(rows: int, hidden: int, dt
 
 
 def test_a_row_alone_has_the_bits_of_the_row_in_the_batch() -> None:
-    x, residual, weight = inputs(4, 1040, torch.float16)
+    x, residual, weight = norm_inputs(4, 1040, torch.float16)
     sums = residual.clone()
     plain, added = rms_norm(x, weight, EPS), add_rms_norm(x, sums, weight, EPS)
     for row in range(4):
@@ -72,6 +66,6 @@ def test_eps_keeps_a_zero_row_zero_and_finite() -> None:
 
 
 def test_no_rows_give_no_rows() -> None:
-    x, residual, weight = inputs(1, 64, torch.float32)
+    x, residual, weight = norm_inputs(1, 64, torch.float32)
     assert rms_norm(x[:0], weight, EPS).shape == (0, 64)
     assert add_rms_norm(x[:0], residual[:0], weight, EPS).shape == (0, 64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from kernel_inputs import Projection
 from torch import Tensor
 
 from dspark.kernels.gpu.rope_kv_write import rope_kv_write
@@ -14,42 +14,10 @@ from dspark.kernels.rope_kv_write import rope_kv_write_reference
 
 BLOCK = 16
 NUM_BLOCKS = 9
-EPS = 1e-6
 EDGES = [0, 15, 16, 17, 99, 3, 3]
 EDGE_SLOTS = [0, 15, 16, 31, 32, NUM_BLOCKS * BLOCK - 1, 77]
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The output of a fused q/k/v projection and where its rows go."""
-
-    qkv: Tensor
-    positions: Tensor
-    slots: Tensor
-    cos: Tensor
-    sin: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-
-    def run(self, kernel: Callable[..., Tensor] = rope_kv_write) -> tuple[Tensor, Tensor, Tensor]:
-        """q and what copies of the caches hold afterwards."""
-        k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
-        tables = (self.cos, self.sin, k_cache, v_cache, self.q_norm, self.k_norm, EPS)
-        return kernel(self.qkv, self.positions, self.slots, *tables), k_cache, v_cache
-
-    def as_float(self) -> Projection:
-        wide = replace(self, qkv=self.qkv.float(), k_cache=self.k_cache.float(), v_cache=self.v_cache.float())
-        if self.q_norm is None or self.k_norm is None:
-            return wide
-        return replace(wide, q_norm=self.q_norm.float(), k_norm=self.k_norm.float())
-
-    def row(self, i: int) -> Projection:
-        rows = slice(i, i + 1)
-        return replace(self, qkv=self.qkv[rows], positions=self.positions[rows], slots=self.slots[rows])
 
 
 def projection(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, norms: bool = True) -> Projection:
@@ -89,7 +57,7 @@ def test_equals_the_reference_and_writes_no_other_slot(
     heads: int, kv_heads: int, dim: int, dtype: torch.dtype, norms: bool
 ) -> None:
     case = projection(heads, kv_heads, dim, dtype, norms)
-    q, k_cache, v_cache = case.run()
+    q, k_cache, v_cache = case.run(rope_kv_write)
     wanted_q, wanted_k, wanted_v = case.as_float().run(rope_kv_write_reference)
     rtol = (2.0**-11 if dtype == torch.float16 else 0.0) + 1e-5
     assert q.dtype == dtype
@@ -101,7 +69,7 @@ def test_equals_the_reference_and_writes_no_other_slot(
 
 def test_position_zero_rotates_nothing() -> None:
     case = projection(3, 1, 32, torch.float16, norms=False).row(0)
-    q, k_cache, _ = case.run()
+    q, k_cache, _ = case.run(rope_kv_write)
     assert torch.equal(q.flatten(), case.qkv[0, : 3 * 32])
     assert torch.equal(k_cache[0, 0, :, 0], case.qkv[0, 3 * 32 : 4 * 32])
 
@@ -109,9 +77,9 @@ def test_position_zero_rotates_nothing() -> None:
 @pytest.mark.parametrize("norms", [True, False])
 def test_without_query_heads_only_the_caches_are_written(norms: bool) -> None:
     case = projection(4, 2, 64, torch.float16, norms)
-    _, k_cache, v_cache = case.run()
+    _, k_cache, v_cache = case.run(rope_kv_write)
     context_only = replace(case, qkv=case.qkv[:, 4 * 64 :].contiguous(), q_norm=None)
-    q, k_again, v_again = context_only.run()
+    q, k_again, v_again = context_only.run(rope_kv_write)
     assert q.shape == (7, 0, 64)
     torch.testing.assert_close(k_again, k_cache, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(v_again, v_cache, rtol=0, atol=0, equal_nan=True)
@@ -119,17 +87,19 @@ def test_without_query_heads_only_the_caches_are_written(norms: bool) -> None:
 
 def test_no_rows_write_nothing() -> None:
     case = projection(4, 2, 64, torch.float32)
-    q, k_cache, _ = replace(case, qkv=case.qkv[:0], positions=case.positions[:0], slots=case.slots[:0]).run()
+    q, k_cache, _ = replace(case, qkv=case.qkv[:0], positions=case.positions[:0], slots=case.slots[:0]).run(
+        rope_kv_write
+    )
     assert q.shape == (0, 4, 64)
     assert k_cache.isnan().all()
 
 
 def test_rows_written_one_by_one_have_the_bits_of_rows_written_together() -> None:
     case = projection(9, 3, 80, torch.float16)
-    q, k_cache, v_cache = case.run()
+    q, k_cache, v_cache = case.run(rope_kv_write)
     alone, k_alone, v_alone = [], case.k_cache, case.v_cache
     for i in range(len(EDGES)):
-        one_q, k_alone, v_alone = replace(case.row(i), k_cache=k_alone, v_cache=v_alone).run()
+        one_q, k_alone, v_alone = replace(case.row(i), k_cache=k_alone, v_cache=v_alone).run(rope_kv_write)
         alone.append(one_q)
     assert torch.equal(torch.cat(alone), q)
     torch.testing.assert_close(k_alone, k_cache, rtol=0, atol=0, equal_nan=True)
