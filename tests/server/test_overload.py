@@ -34,13 +34,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Served:
-    """gate: closed, every step waits in the worker. held: one has. faults: what the next steps raise."""
+    """gate: closed, every step waits in the worker. held: one has. faults: what the next steps raise.
+
+    steps_left: so many steps, then the gate closes by itself; a client's thread may be too late for that.
+    """
 
     service: Service
     http: httpx.Client
     url: str
     gate: threading.Event = field(default_factory=threading.Event)
     held: bool = False
+    steps_left: int | None = None
     faults: list[Exception] = field(default_factory=list)
 
     def chat(self, headers: dict[str, str] | None = None, **fields: object) -> httpx.Response:
@@ -79,6 +83,11 @@ def open_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
             run = parts.runner.run
 
             def run_when_let(*args: Any) -> Any:
+                if served.steps_left == 0:
+                    served.steps_left = None
+                    served.gate.clear()
+                elif served.steps_left is not None:
+                    served.steps_left -= 1
                 served.held |= not served.gate.is_set()
                 served.gate.wait(60)
                 if served.faults:
@@ -262,10 +271,11 @@ def test_without_a_default_nobody_has_a_deadline(folder: Path) -> None:
 
 def test_a_cancellation_counts_when_the_engine_has_freed_what_the_client_held(open_server: Callable[..., Any]) -> None:
     with open_server() as served:
+        served.steps_left = 3
         body = CHAT | {"stream": True, "max_tokens": 400}
         with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            next(response.iter_lines())
-            served.gate.clear()
+            lines = response.iter_lines()  # one that nobody holds would close the connection at once
+            next(lines)
             assert eventually(lambda: served.held)
         assert eventually(lambda: served.outcomes("abort") == 1)
         assert served.metric("requests_cancelled_total", cause="client_disconnect") == 0
