@@ -28,9 +28,11 @@ from dspark.benchmarks.load import positive
 from dspark.benchmarks.machine import describe_machine
 from dspark.benchmarks.prompts import mixed
 from dspark.engine import Engine, EngineConfig, Request, SamplingParams, StepFacts, locate_model
+from dspark.engine.models.decoder import Linear, LinearFactory
 from dspark.engine.models.spec import read_spec
 from dspark.engine.models.weights import load_weights
-from dspark.kernels.packed_linear import PackedLinear, RowPlan, find_row_plan, packing_works
+from dspark.engine.startup import choose_dtype
+from dspark.kernels.packed_linear import PackedLinear, RowPlan
 from dspark.server.app import create_app
 from dspark.server.service import ServerSettings, Service
 from dspark.server.text import ModelText
@@ -155,11 +157,13 @@ def vars_of(spread: Spread) -> dict[str, float]:
 
 
 def measure_invariance(repeats: int) -> dict[str, float]:
-    """All linear layers of the default model at one row: the plan in use against every packing, best one per shape."""
+    """All linear layers of the default model at one row: the plan in use against all of oneDNN's, best one per shape."""
     torch.set_num_threads(1)
     folder = locate_model(None).folder
     spec = read_spec(folder)
-    weights = load_weights(folder, spec, torch.bfloat16)
+    dtype = choose_dtype(EngineConfig())
+    weights = load_weights(folder, spec, dtype)
+    in_use = LinearFactory()
     layer = "model.layers.0."
     attention = [weights[f"{layer}self_attn.{name}_proj.weight"] for name in "qkv"]
     mlp = [weights[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up")]
@@ -173,11 +177,11 @@ def measure_invariance(repeats: int) -> dict[str, float]:
     invariant_us = fastest_us = 0.0
     for name, (weight, count) in shapes.items():
         copies = [weight.clone() for _ in range(count)]  # as many as the model has, so that no cache holds them all
-        plans = {"in use": find_row_plan(weight, packing_works())}
-        plans |= {f"packed for {rows}": RowPlan(rows, 1, 1 << 30) for rows in (1, 8, 32)}
+        plans = {f"packed for {rows}": RowPlan(rows, 1, 1 << 30) for rows in (1, 8, 32)}
         plans["not packed"] = RowPlan(0, 1, 1 << 30)
-        times = {
-            plan: _linear_us([PackedLinear(copy, None, rule) for copy in copies], repeats)
+        times = {"in use": _linear_us([in_use(copy) for copy in copies], dtype, repeats)}
+        times |= {
+            plan: _linear_us([PackedLinear(copy, None, rule) for copy in copies], dtype, repeats)
             for plan, rule in plans.items()
         }
         invariant_us += times["in use"]
@@ -188,9 +192,9 @@ def measure_invariance(repeats: int) -> dict[str, float]:
     return {"invariant_us": invariant_us, "fastest_us": fastest_us, "ratio": ratio}
 
 
-def _linear_us(layers: Sequence[PackedLinear], repeats: int) -> float:
+def _linear_us(layers: Sequence[Linear], dtype: torch.dtype, repeats: int) -> float:
     """Median microseconds of one pass over `layers`, one row."""
-    x = torch.randn(1, 4096).to(torch.bfloat16)
+    x = torch.randn(1, 4096).to(dtype)
     width = layers[0].in_features
     times = []
     for _ in range(5 * repeats):

@@ -159,7 +159,7 @@ class EngineInfo:
     max_num_seqs: int
     max_draft_tokens: int  # γ
     vocab_size: int
-    weight_bytes: int  # that a decode step reads: all weights, the head once, without the embedding table
+    weight_bytes: int  # that a decode step reads: all matrices, the head once, without the embedding table
     eos_token_ids: tuple[int, ...]
     row_invariant: bool  # the start-up self-test passed
     load_seconds: dict[str, float]  # phase -> time; phases: target_weights, draft_weights, kv_alloc, warmup, profile

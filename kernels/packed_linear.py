@@ -1,9 +1,9 @@
-"""Linear layers whose result for a row does not depend on how many rows share the call.
+"""Linear layers in bfloat16 on a CPU, whose result for a row does not depend on how many rows share the call.
 
-    x: [rows, in] float32 or bfloat16; weight: [out, in]; bias: [out] or None → [rows, out]
+    x: [rows, in] bfloat16; weight: [out, in] bfloat16; bias: [out] or None → [rows, out] bfloat16
 
-On a CPU oneDNN chooses its loop order by the number of rows, and with it the rounding; which numbers round alike
-depends on the processor, the dtype, the shape and how the weight was packed. So the plan is found by trial when a layer
+oneDNN chooses its loop order by the number of rows, and with it the rounding; which numbers round alike depends on the
+processor, the shape and how the weight was packed. So the plan is found by trial when a layer
 is made: pack the weight for some number of rows, and look for the longest run of row counts, from 1 or 2 up, whose
 rows all equal those computed alone. Calls are then cut into pieces of at most that many rows (and a single row is
 padded to two where one row is computed differently). Weights are packed once: `F.linear` would reorder them at every
@@ -36,13 +36,13 @@ class RowPlan:
     max_rows: int
 
 
-def packing_works(dtype: torch.dtype = torch.float32) -> bool:
-    """The private packing operators exist here, take `dtype` on this processor and agree with `F.linear`."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def packing_works() -> bool:
+    """The processor has bf16 instructions, and the private packing operators exist here and agree with `F.linear`."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    weight, x = torch.eye(32), torch.arange(64, dtype=torch.float32).reshape(2, 32)
+    weight, x = torch.eye(32, dtype=torch.bfloat16), torch.arange(64, dtype=torch.bfloat16).reshape(2, 32)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     return torch.equal(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), x)
 
@@ -72,11 +72,12 @@ def _invariant_rows(weight: torch.Tensor, plan: RowPlan) -> int:
 
 
 def find_row_plan(weight: torch.Tensor, packing: bool) -> RowPlan | None:
-    """The first plan that is row-invariant over at least 8 rows, preferring long pieces; None if there is none."""
+    """The first plan that is row-invariant over at least 8 rows, preferring long pieces; None if there is none.
+
+    packing: `packing_works()`.
+    """
     longest = 32 if weight.shape[0] > _HEAD_OUT else MAX_PIECE
-    pack_choices = [1, 32] if weight.dtype == torch.bfloat16 else [32, 1]
-    if not (packing and packing_works(weight.dtype)):
-        pack_choices = [0]
+    pack_choices = [1, 32] if packing else [0]
     best: RowPlan | None = None
     for min_rows in (1, 2):
         for pack_rows in pack_choices:
@@ -99,6 +100,7 @@ class PackedLinear:
         self._weight = _pack(weight, self._plan)
         self._bias = bias
         self.in_features = weight.shape[1]
+        self.weight_bytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         plan, rows = self._plan, x.shape[0]

@@ -235,6 +235,62 @@ def _make_value_tile(vectors: int) -> Callable[..., None]:
     return value_tile
 
 
+def _prefetch(builder: Any, data: Any, offset: Any) -> None:
+    """Ask for the element at `offset` to be brought to the second-level cache; an address that is nowhere does no harm."""
+    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [pointer, number, number, number]), "llvm.prefetch.p0i8"
+    )
+    to_read, second_level, of_data = (ir.Constant(number, value) for value in (0, 2, 1))
+    builder.call(function, [builder.bitcast(builder.gep(data, [offset]), pointer), to_read, second_level, of_data])
+
+
+def _make_panel_tile(rows: int) -> Callable[..., None]:
+    @intrinsic
+    def panel_tile(
+        typing_context: Any,
+        x: Any,
+        x_offset: Any,
+        size: Any,
+        panel: Any,
+        panel_offset: Any,
+        sums: Any,
+        ahead: Any,
+        ahead_step: Any,
+    ) -> Any:
+        """sums[16·m + c] = Σ_k x[x_offset + m·size + k] · panel[panel_offset + 16·k + c], m < rows, c < 16,
+
+        k < size in order, each by one `fma`: the same bits whatever `rows`. x, sums: flat float32; panel: flat float32
+        or bfloat16 bits. Meanwhile panel[ahead + k·ahead_step] come to the second-level cache, as far as they exist.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x_data = _data(context, builder, signature.args[0], args[0])
+            panel_data = _data(context, builder, signature.args[3], args[3])
+            sum_data = _data(context, builder, signature.args[5], args[5])
+            x_offset, size, panel_offset, ahead, ahead_step = args[1], args[2], args[4], args[6], args[7]
+            totals = [cgutils.alloca_once(builder, _VECTOR) for _ in range(rows)]
+            for total in totals:
+                builder.store(ir.Constant(_VECTOR, [0.0] * LANES), total)
+            firsts = [builder.add(x_offset, builder.mul(size, _constant(m))) for m in range(rows)]
+            with cgutils.for_range(builder, size) as loop:
+                at = builder.add(panel_offset, builder.mul(loop.index, _constant(LANES)))
+                weight = _vector_load(builder, signature.args[3], panel_data, at)
+                _prefetch(builder, panel_data, builder.add(ahead, builder.mul(loop.index, ahead_step)))
+                for total, first in zip(totals, firsts, strict=True):
+                    value = _broadcast(builder, x_data, builder.add(first, loop.index))
+                    builder.store(_fma(builder, value, weight, builder.load(total)), total)
+            for m, total in enumerate(totals):
+                target = builder.gep(sum_data, [_constant(m * LANES)])
+                builder.store(builder.load(total), builder.bitcast(target, _VECTOR.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(x, i, i, panel, i, sums, i, i), codegen
+
+    return panel_tile
+
+
 def _make_reduction(name: str, start: float) -> Callable[..., float]:
     @intrinsic
     def reduction(typing_context: Any, values: Any, begin: Any, end: Any) -> Any:
@@ -266,6 +322,7 @@ highest_of = _make_reduction("fmax", float("-inf"))
 sum_of = _make_reduction("fadd", 0.0)
 value_tile_64 = _make_value_tile(4)
 value_tile_16 = _make_value_tile(1)
+panel_tile_1, panel_tile_2, panel_tile_3, panel_tile_4, panel_tile_5, panel_tile_6 = map(_make_panel_tile, range(1, 7))
 
 
 @inner

@@ -20,7 +20,7 @@ def _row_plans_are_kept() -> Iterator[None]:
     find, plans = decoder.find_row_plan, {}
 
     def find_once(weight: Any, packing: bool) -> Any:
-        key = (weight.shape, weight.dtype, packing)
+        key = (weight.shape, packing)
         if key not in plans:
             plans[key] = find(weight, packing)
         return plans[key]

@@ -26,10 +26,9 @@ from dspark.engine.config import VerificationMode
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, DraftSpec
 from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
 from dspark.engine.errors import ConfigError
-from dspark.engine.models.decoder import LinearFactory
+from dspark.engine.models.decoder import Linear, LinearFactory
 from dspark.engine.models.rope import rope_tables
 from dspark.kernels.draft_attention import draft_attention
-from dspark.kernels.packed_linear import PackedLinear
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rope_kv_write import rope_kv_write
 from dspark.kernels.silu_mul import silu_mul
@@ -38,13 +37,13 @@ from dspark.kernels.silu_mul import silu_mul
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
-    qkv: PackedLinear  # [(H + 2K)·e, d]
+    qkv: Linear  # [(H + 2K)·e, d]
     q_norm: Tensor
     k_norm: Tensor
-    o: PackedLinear
+    o: Linear
     post_attention_norm: Tensor
-    gate_up: PackedLinear  # [2f, d]
-    down: PackedLinear
+    gate_up: Linear  # [2f, d]
+    down: Linear
 
     @classmethod
     def load(cls, weights: Mapping[str, Tensor], prefix: str, linear: LinearFactory) -> _Layer:

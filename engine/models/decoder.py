@@ -20,6 +20,7 @@ from dspark.engine.models.rope import rope_tables
 from dspark.engine.models.spec import ModelSpec
 from dspark.kernels.packed_linear import PackedLinear, RowPlan, find_row_plan, packing_works
 from dspark.kernels.paged_attention import paged_attention
+from dspark.kernels.panel_linear import PanelLinear
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rope_kv_write import rope_kv_write
 from dspark.kernels.silu_mul import silu_mul
@@ -43,24 +44,31 @@ class FlatBatch:
     first_positions: NDArray[np.int32]
 
 
+Linear = PackedLinear | PanelLinear
+
+
 class LinearFactory:
-    """Makes packed linear layers, finding the row plan once per weight shape."""
+    """Makes row-invariant linear layers; in bfloat16 it finds the row plan once per weight shape."""
 
     def __init__(self) -> None:
-        self._packing = packing_works()
-        self._plans: dict[tuple[torch.Size, torch.dtype, bool], RowPlan | None] = {}
-        if not self._packing:
-            log.warning("this torch has no packed linear operators: linear layers run slower, through F.linear")
+        self._packing: bool | None = None
+        self._plans: dict[tuple[torch.Size, bool], RowPlan | None] = {}
 
-    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        key = (weight.shape, weight.dtype, bias is None)
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if weight.dtype == torch.float32:
+            return PanelLinear(weight, bias)
+        if self._packing is None:
+            self._packing = packing_works()
+            if not self._packing:
+                log.warning("no packed bfloat16 linear operators here: linear layers run slower, through F.linear")
+        key = (weight.shape, bias is None)
         if key not in self._plans:
             self._plans[key] = find_row_plan(weight, self._packing)
             if self._plans[key] is None:
                 log.warning("no row-invariant way found to compute a %s linear layer of %s", weight.dtype, weight.shape)
         return PackedLinear(weight, bias, self._plans[key])
 
-    def fused(self, weights: Mapping[str, Tensor], *names: str) -> PackedLinear:
+    def fused(self, weights: Mapping[str, Tensor], *names: str) -> Linear:
         """One layer whose output is the outputs of the named ones (without `.weight`), one after another."""
         weight = torch.cat([weights[f"{name}.weight"] for name in names])
         biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
@@ -75,14 +83,18 @@ class LinearFactory:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
-    qkv: PackedLinear
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: PackedLinear
+    output: Linear
     mlp_norm: Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Linear
+    down: Linear
     window: int
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 class Decoder:
@@ -102,9 +114,9 @@ class Decoder:
         self._norm = weights["model.norm.weight"]
         self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_len)
         self._layers = [_make_layer(spec, weights, i, linear) for i in range(spec.num_layers)]
-        read = [tensor for name, tensor in weights.items() if name != "model.embed_tokens.weight"]
-        self.weight_bytes = sum(tensor.nbytes for tensor in [*read, *([head] if spec.tie_word_embeddings else [])])
-        """What a decode step reads: every weight once, of the embedding table only a tied head."""
+        matrices = [self._head, *(one for layer in self._layers for one in layer.matrices)]
+        self.weight_bytes = sum(matrix.weight_bytes for matrix in matrices)
+        """What a decode step reads: every matrix once, of the embedding table only a tied head. (Vectors are nothing.)"""
         self._k_caches: list[Tensor] = []
         self._v_caches: list[Tensor] = []
 

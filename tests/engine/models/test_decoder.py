@@ -290,7 +290,7 @@ def test_a_layer_without_a_row_invariant_plan_is_reported(
 ) -> None:
     folder = folder_of("LlamaForCausalLM")
     spec = read_spec(folder)
-    weights = load_weights(folder, spec, torch.float32)
+    weights = load_weights(folder, spec, torch.bfloat16)
     found = LinearFactory()
     Decoder(spec, weights, MAX_LEN, found)
     assert found.row_invariant
