@@ -26,14 +26,15 @@ from dspark.kernels.cpu import cpu_kernel, inner, like, view
 from dspark.kernels.simd import (
     LANES,
     TILE,
+    WIDE,
     exp,
     highest_of,
     score_tile,
     store_as,
     sum_of,
     to_float,
-    value_tile_16,
-    value_tile_64,
+    value_tile,
+    wide_value_tile,
 )
 
 
@@ -107,11 +108,11 @@ def softmax_rows(scores, stride, begin, first, last, weights):
 @inner
 def add_values(scores, score_offset, stride, values, value_offset, sums, dim):
     """Add one block of 16 weighted values to the four rows of `sums` [4, dim]."""
-    wide = dim // 64 * 64
-    for c in range(0, wide, 64):
-        value_tile_64(scores, score_offset, stride, values, value_offset + c, sums, c, dim)
+    wide = dim // WIDE * WIDE
+    for c in range(0, wide, WIDE):
+        wide_value_tile(scores, score_offset, stride, values, value_offset + c, sums, c, dim)
     for c in range(wide, dim, 16):
-        value_tile_16(scores, score_offset, stride, values, value_offset + c, sums, c, dim)
+        value_tile(scores, score_offset, stride, values, value_offset + c, sums, c, dim)
 
 
 @inner

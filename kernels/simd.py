@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -20,6 +21,8 @@ from dspark.kernels.cpu import inner, intrinsic
 LANES = 16
 TILE = 4
 """Query vectors that one tile handles together: each K/V vector that is loaded serves all of them."""
+MANY_REGISTERS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+"""Sixteen floats fit into one of 32 registers, not into two of 16. How many sums are kept at a time changes no bit of them."""
 
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -160,15 +163,19 @@ def score_tile(
         sums = [cgutils.alloca_once(builder, _VECTOR) for _ in range(2 * TILE)]
         for one in sums:
             builder.store(ir.Constant(_VECTOR, [0.0] * LANES), one)
-        with cgutils.for_range(builder, builder.lshr(dim, _constant(1))) as loop:
-            for parity in range(2):
-                d = builder.add(builder.shl(loop.index, _constant(1)), _constant(parity))
-                offset = builder.add(key_offset, builder.mul(d, _constant(LANES)))
-                key = _vector_load(builder, signature.args[1], key_data, offset)
-                for m in range(TILE):
-                    at = builder.add(builder.mul(d, _constant(TILE)), _constant(m))
-                    total = sums[parity * TILE + m]
-                    builder.store(_fma(builder, _broadcast(builder, query_data, at), key, builder.load(total)), total)
+        together = TILE if MANY_REGISTERS else TILE // 2
+        for first in range(0, TILE, together):
+            with cgutils.for_range(builder, builder.lshr(dim, _constant(1))) as loop:
+                for parity in range(2):
+                    d = builder.add(builder.shl(loop.index, _constant(1)), _constant(parity))
+                    offset = builder.add(key_offset, builder.mul(d, _constant(LANES)))
+                    key = _vector_load(builder, signature.args[1], key_data, offset)
+                    for m in range(first, first + together):
+                        at = builder.add(builder.mul(d, _constant(TILE)), _constant(m))
+                        total = sums[parity * TILE + m]
+                        builder.store(
+                            _fma(builder, _broadcast(builder, query_data, at), key, builder.load(total)), total
+                        )
         for m in range(TILE):
             result = builder.fadd(builder.load(sums[m]), builder.load(sums[TILE + m]))
             at = builder.add(score_offset, builder.mul(stride, _constant(m)))
@@ -320,8 +327,10 @@ def _make_reduction(name: str, start: float) -> Callable[..., float]:
 
 highest_of = _make_reduction("fmax", float("-inf"))
 sum_of = _make_reduction("fadd", 0.0)
-value_tile_64 = _make_value_tile(4)
-value_tile_16 = _make_value_tile(1)
+WIDE = 64 if MANY_REGISTERS else LANES
+"""Columns of the wide value tile."""
+wide_value_tile = _make_value_tile(WIDE // LANES)
+value_tile = _make_value_tile(1)
 panel_tile_1, panel_tile_2, panel_tile_3, panel_tile_4, panel_tile_5, panel_tile_6 = map(_make_panel_tile, range(1, 7))
 
 

@@ -54,12 +54,12 @@ def score(queries, keys, key_offset, scores, score_offset, stride, dim):
 
 @numba.njit
 def add_wide_values(weights, weight_offset, stride, values, value_offset, sums, sum_offset, dim):
-    simd.value_tile_64(weights, weight_offset, stride, values, value_offset, sums, sum_offset, dim)
+    simd.wide_value_tile(weights, weight_offset, stride, values, value_offset, sums, sum_offset, dim)
 
 
 @numba.njit
 def add_narrow_values(weights, weight_offset, stride, values, value_offset, sums, sum_offset, dim):
-    simd.value_tile_16(weights, weight_offset, stride, values, value_offset, sums, sum_offset, dim)
+    simd.value_tile(weights, weight_offset, stride, values, value_offset, sums, sum_offset, dim)
 
 
 def exponentials(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -166,7 +166,7 @@ def test_score_tile_writes_four_rows_of_sixteen_products_and_nothing_else(dim: i
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("add", "width"), [(add_narrow_values, 16), (add_wide_values, 64)])
+@pytest.mark.parametrize(("add", "width"), [(add_narrow_values, 16), (add_wide_values, simd.WIDE)])
 def test_value_tile_adds_weighted_values_to_its_columns_only(add: Any, width: int, kind: str) -> None:
     dim, stride = 80, 32
     weights, values, sums = small_integers(TILE, stride), small_integers(LANES, dim), small_integers(TILE, dim)
