@@ -2,12 +2,12 @@
 
     verify_s(rows, context) = drift * (curve(rows) * residual(rows) + per_context_token * context
                                        + per_draft_context_token * context of the draft rows)
-    draft_s(sequences)      = drift * curve(sequences) * residual(sequences)
+    draft_s(slots)          = drift * curve(slots) * residual(slots)
     host_s(sequences)       = running mean of what a step took outside both
 
 `drift` follows the machine as a whole (a busy neighbour, a lower clock); the residuals, bounded and decaying, follow what
 the ladder got wrong at the sizes that are visited. Every curve is monotone. All times in seconds, sizes in rows (tokens
-of one target pass) or sequences.
+of one target pass), slots (tokens drafted) or sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 DRIFT_RATE = 0.2
 DRIFT_LIMITS = (0.02, 50.0)
 OUTLIER_WINDOW = 5
@@ -56,12 +56,14 @@ class PassTimer(Protocol):
     """Runs real passes of given sizes and returns how long each took."""
 
     rows_per_sequence: int
+    block_size: int
+    """γ, slots of a draft block."""
 
     def verify_s(self, rows: int, context_tokens: int) -> float:
         """Seconds of one target pass over `rows` rows reading `context_tokens` K/V entries, sampling included."""
 
-    def draft_s(self, sequences: int) -> float:
-        """Seconds of drafting one block for each of `sequences` sequences; without context injection."""
+    def draft_s(self, slots: int) -> float:
+        """Seconds of drafting so many slots, in as few blocks as they fit in; without context injection."""
 
 
 def ladder(largest: int) -> list[int]:
@@ -193,7 +195,7 @@ class CostModel:
         draft for each it is measured on any machine: an extrapolated slope there would decide whether a crowd is drafted for.
         """
         rows, verify_s = _climb(lambda size: measure.verify_s(size, 0), max_rows, budget_s, 2 * max_sequences)
-        sequences, draft_s = _climb(measure.draft_s, max_sequences, budget_s / 2)
+        slots, draft_s = _climb(measure.draft_s, max_sequences * measure.block_size, budget_s / 2)
         context_s = draft_context_s = 0.0
         if context_tokens:
             block = measure.rows_per_sequence
@@ -203,7 +205,7 @@ class CostModel:
             )
             context_s = max(0.0, first) / context_tokens
             draft_context_s = max(0.0, whole - first) / (context_tokens * (block - 1))
-        return cls(SizeCurve(rows, verify_s), SizeCurve(sequences, draft_s), context_s, draft_context_s=draft_context_s)
+        return cls(SizeCurve(rows, verify_s), SizeCurve(slots, draft_s), context_s, draft_context_s=draft_context_s)
 
     @property
     def max_rows(self) -> int:
@@ -222,18 +224,19 @@ class CostModel:
         """Predicted seconds of a target pass of `rows` rows (>= 1, an array or a scalar): monotone in rows."""
         return self.drift * (self._verify.at(np.asarray(rows)) + self._context_s * context_tokens)
 
-    def draft_curve(self, sequences: int) -> NDArray[np.float64]:
-        """[sequences + 1] float64, predicted seconds of drafting for 0..sequences sequences; entry 0 is 0."""
-        if sequences < self._draft.dense.size:
-            seconds = self.drift * self._draft.dense[: sequences + 1]
+    def draft_curve(self, sequences: int, width: int) -> NDArray[np.float64]:
+        """[sequences + 1] float64, predicted seconds of drafting `width` slots for 0..sequences sequences; entry 0 is 0."""
+        last = sequences * width
+        if last < self._draft.dense.size:
+            seconds = self.drift * self._draft.dense[: last + 1 : width]
         else:
-            seconds = self.drift * self._draft.at(np.arange(sequences + 1))
+            seconds = self.drift * self._draft.at(np.arange(0, last + 1, width))
         seconds[0] = 0.0
         return seconds
 
-    def draft_s(self, sequences: int) -> float:
-        """Predicted seconds of drafting a block for each of `sequences` sequences; 0 for none."""
-        return self.drift * self._draft.one(sequences) if sequences else 0.0
+    def draft_s(self, slots: int) -> float:
+        """Predicted seconds of drafting so many slots; 0 for none."""
+        return self.drift * self._draft.one(slots) if slots else 0.0
 
     def host_s(self, sequences: int) -> float:
         """Predicted seconds of a step outside target pass and drafting; from the nearest batch size seen."""
@@ -261,11 +264,11 @@ class CostModel:
         self._verify.correct(rows, before + log_ratio - common)
         return log_ratio
 
-    def observe_draft(self, sequences: int, seconds: float) -> None:
-        """Drafting for `sequences` sequences took `seconds` beyond what a step without drafting takes."""
-        if sequences:
+    def observe_draft(self, slots: int, seconds: float) -> None:
+        """Drafting so many slots took `seconds`."""
+        if slots:
             seconds = max(seconds, SHORTEST_S)
-            self._draft.correct(sequences, math.log(seconds / max(self.draft_s(sequences), SHORTEST_S)))
+            self._draft.correct(slots, math.log(seconds / max(self.draft_s(slots), SHORTEST_S)))
 
     def observe_host(self, sequences: int, seconds: float) -> None:
         """A step of `sequences` sequences took `seconds` outside target pass and drafting."""

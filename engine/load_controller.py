@@ -34,6 +34,7 @@ from dspark.engine.calibration import Calibration
 from dspark.engine.config import SpeculationMode
 from dspark.engine.cost_model import CostModel
 from dspark.engine.draft_history import RecentBlocks, SequenceRecords
+from dspark.engine.draft_width import DraftWidth
 from dspark.engine.facts import PlainReason, Reason
 
 PROBE_COST_RATIO = 0.003
@@ -70,7 +71,7 @@ class StepLoad:
 
     sequence_ids: [B].  survival: [B, γ] float32, calibrated, 0 at and beyond `proposed`.
     proposed: [B] int32, tokens of each draft block, 0..γ.  caps: [B] int32, most drafts by length, KV or grammar, >= 0.
-    free: [B] bool, the block cost nothing: no drafter was run for the sequence.
+    free: [B] bool, the block cost nothing: no drafter was run for the sequence.  source: [B] int8, see `Draft.source`.
     context_tokens: K/V entries that the step's attention reads.  draft_room: rows left in the step's token budget.
     prefill_tokens: prompt rows in this step.  prefill_ending: sequences whose prompt ends in this step.
     queue_tokens: verifier-queue tokens beyond this step that could start now or share this step's budget.
@@ -83,6 +84,7 @@ class StepLoad:
     proposed: NDArray[np.int32]
     caps: NDArray[np.int32]
     free: NDArray[np.bool_]
+    source: NDArray[np.int8]
     context_tokens: int
     draft_room: int
     prefill_tokens: int = 0
@@ -99,7 +101,7 @@ class Allocation:
     budget: drafts to verify in total; `fill_budget` says which.  threshold: survival of the least likely draft admitted
     (0: nothing was cut, 1: everything was).  price: λ', tokens/s.
     draft_next: [B] bool, draft the next block after this step.  draft_new: the same for sequences whose prompt ends in it.
-    draft_free: take what drafts cost nothing for the others.
+    draft_width: slots to draft of each block, 1..γ.  draft_free: take what drafts cost nothing for the others.
     predicted_step_s: of this step.  plain_step_s, plain_decode_s: of plain steps of the same anchors, with and without
     this step's prefill rows.
     reason: [B], why drafts of the sequence were cut, if they were.  plain_reason: [B], why nothing is drafted next,
@@ -111,6 +113,7 @@ class Allocation:
     price: float
     draft_next: NDArray[np.bool_]
     draft_new: bool
+    draft_width: int
     draft_free: bool
     predicted_step_s: float
     plain_step_s: float
@@ -130,7 +133,8 @@ class StepOutcome:
     """What one step did: times in seconds, lengths in drafts.
 
     rows: of the target pass, 0 if there was none.  verify_s: target pass, sampling and context injection.
-    drafting_sequences: sequences drafted for after it.  draft_s: what that took.  host_s: the rest of the step.
+    drafting_sequences: sequences drafted for after it, draft_width slots each.  draft_s: what that took.
+    host_s: the rest of the step.
     sequence_ids: [B].  survival, confidence: [B, γ] float32, calibrated and raw.  sampled: [B] bool.
     source: [B] int8, see `Draft.source`.  free: [B] bool, see `StepLoad`.
     proposed, verified, accepted: [B] int32.  draft_context_tokens: K/V entries that the verified drafts' rows read.
@@ -140,6 +144,7 @@ class StepOutcome:
     context_tokens: int
     verify_s: float
     drafting_sequences: int
+    draft_width: int
     draft_s: float
     host_s: float
     sequence_ids: Sequence[int]
@@ -196,6 +201,8 @@ class LoadController:
         """Smoothed growth of the step's time when its rows double: 0 memory bound, 1 the verifier is saturated."""
         self._recent = RecentBlocks(block_size)
         self._sequences = SequenceRecords()
+        self._width = DraftWidth(block_size)
+        self._last_price = 0.0
         self._positions = np.arange(block_size)
         self._regret_tokens = 0.0
         self._entry_margin = 0.0
@@ -232,20 +239,21 @@ class LoadController:
         self._probing = False
         self._learn_blocks(load, slots, probe)
         prices = self._prices(load, slots)
+        self._last_price = prices.quiet
         admissible = np.where(self._positions < lengths[:, None], load.survival, np.float32(0.0))
         likeliest = -admissible.ravel()
         likeliest.sort()
         np.negative(likeliest, out=likeliest)
         if self.mode == "adaptive":
             quiet_budget, budget, plain_step = self._budget(load, likeliest, room, prices, probe)
-            draft_next, draft_new, zero_draft = self._choose_drafted(load, slots, prices)
+            draft_next, draft_new, zero_draft, width = self._choose_drafted(load, slots, prices)
         else:
             budget, quiet_budget, plain_step = room, room, False
-            draft_next, draft_new, zero_draft = np.ones(anchors, np.bool_), True, False
+            draft_next, draft_new, zero_draft, width = np.ones(anchors, np.bool_), True, False, self.block_size
         self._sequences.attempted[slots] = draft_next
         drafting = int(draft_next.sum()) + (load.prefill_ending if draft_new else 0)
         rows = anchors + load.prefill_tokens
-        predicted_s = float(prices.verify_s[rows + budget]) + self.cost.draft_s(drafting) + prices.host_s
+        predicted_s = float(prices.verify_s[rows + budget]) + self.cost.draft_s(drafting * width) + prices.host_s
         self._probe_credit_s += PROBE_COST_RATIO * predicted_s
         self._plain_credit_s += (PLAIN_STEP_COST_RATIO + SURPRISE_COST_RATIO * abs(self._plain_surprise)) * predicted_s
         self._note_state(anchors, available, budget, int((lengths > 0).sum()), drafting, zero_draft, prices, rows)
@@ -260,6 +268,7 @@ class LoadController:
             price=prices.raised,
             draft_next=draft_next,
             draft_new=draft_new,
+            draft_width=width,
             draft_free=True,
             predicted_step_s=predicted_s,
             plain_step_s=float(prices.verify_s[rows]) + prices.host_s,
@@ -284,6 +293,7 @@ class LoadController:
             price=anchors / decode_s,
             draft_next=np.zeros(anchors, np.bool_),
             draft_new=False,
+            draft_width=self.block_size,
             draft_free=False,
             predicted_step_s=step_s,
             plain_step_s=step_s,
@@ -302,7 +312,7 @@ class LoadController:
         if self._plain_step:
             self._plain_step = False
             self._plain_surprise += SURPRISE_RATE * (surprise - self._plain_surprise)
-        self.cost.observe_draft(outcome.drafting_sequences, outcome.draft_s)
+        self.cost.observe_draft(outcome.drafting_sequences * outcome.draft_width, outcome.draft_s)
         self.cost.observe_host(sequences, outcome.host_s)
         self.calibration.observe(
             outcome.confidence, outcome.sampled, outcome.verified, outcome.accepted, outcome.source
@@ -324,7 +334,7 @@ class LoadController:
         host_s = self.cost.host_s(anchors)
         drafted = max(1, anchors - int(np.count_nonzero(self._sequences.skip[slots])))
         limit = max(0, min(drafted * self.block_size, self.cost.max_rows - anchors))
-        step_s = verify_s[anchors : anchors + limit + 1] + (self.cost.draft_s(drafted) + host_s)
+        step_s = verify_s[anchors : anchors + limit + 1] + (self.cost.draft_s(drafted * self._width.width) + host_s)
         quality = self._sequences.quality(slots, self._recent.mean_accepted)
         mean_quality = float(quality.mean()) if len(slots) else 1.0
         rates = (anchors + self._recent.expected(drafted, limit, mean_quality)) / step_s
@@ -357,6 +367,7 @@ class LoadController:
         if not attempted.any():
             return
         blocks = load.survival[attempted]
+        self._learn_width(load, attempted)
         if probe:
             # a probe that looks worth drafting for replaces the old picture, which was of times when it was not; if it
             # was luck, the blocks drafted next say so at the price of a step or two
@@ -365,11 +376,21 @@ class LoadController:
             anchors = len(slots)
             prices = self._prices(load, slots)
             gain = self._gain(promising, anchors, anchors, 0, anchors * self.block_size, prices.quiet, prices)
-            if gain > prices.quiet * self.cost.draft_s(anchors) * (1.0 + self._entry_margin):
+            if gain > prices.quiet * self.cost.draft_s(anchors * self._width.width) * (1.0 + self._entry_margin):
                 promising.seen += self._recent.seen
                 self._recent = promising
                 return
         self._recent.add(blocks)
+
+    def _learn_width(self, load: StepLoad, attempted: NDArray[np.bool_]) -> None:
+        """Take the drafter's own blocks into the picture of what each slot is worth."""
+        drafted = attempted & (load.source == 0) & (load.proposed > 0)
+        if drafted.any():
+            anchors = len(load.sequence_ids)
+            verify_s = self.cost.verify_curve(load.context_tokens, anchors, load.draft_context)
+            by_slot = np.minimum(anchors + np.arange(self.block_size + 1) * int(drafted.sum()), self.cost.max_rows)
+            row_s = np.diff(verify_s[by_slot]) / drafted.sum()
+            self._width.learn(load.survival[drafted], load.proposed[drafted], self._last_price * row_s)
 
     def _gain(
         self,
@@ -397,7 +418,7 @@ class LoadController:
         anchors = len(load.sequence_ids)
         base = anchors + load.prefill_tokens
         if self.itl_target_s is not None:
-            tokens_s = self.itl_target_s - prices.host_s - self.cost.draft_s(anchors)
+            tokens_s = self.itl_target_s - prices.host_s - self.cost.draft_s(anchors * self._width.width)
             room = max(0, min(room, int(np.searchsorted(prices.verify_s[base:], tokens_s, side="right")) - 1))
         accepted = np.zeros(room + 1)
         likeliest[:room].cumsum(dtype=np.float64, out=accepted[1:])
@@ -425,7 +446,8 @@ class LoadController:
             return quiet, 0, True
         paid = (load.proposed > 0) & ~load.free
         drafted = int(np.count_nonzero(paid))
-        spent_s = float(prices.verify_s[base + budget] - prices.verify_s[base]) + self.cost.draft_s(drafted)
+        spent_s = float(prices.verify_s[base + budget] - prices.verify_s[base])
+        spent_s += self.cost.draft_s(drafted * self._width.width)
         self._regret_tokens = max(0.0, self._regret_tokens + prices.quiet * spent_s - float(accepted[budget]))
         return quiet, budget, False
 
@@ -440,12 +462,12 @@ class LoadController:
 
     def _choose_drafted(
         self, load: StepLoad, slots: NDArray[np.intp], prices: _Prices
-    ) -> tuple[NDArray[np.bool_], bool, bool]:
-        """([B] draft for it after this step, the same for sequences whose prompt ends, zero-draft mode)."""
+    ) -> tuple[NDArray[np.bool_], bool, bool, int]:
+        """([B] draft for it after this step, the same for sequences whose prompt ends, zero-draft mode, slots of a block)."""
         records = self._sequences
         anchors = len(slots) + load.prefill_ending
         if anchors == 0:
-            return np.zeros(0, dtype=np.bool_), False, False
+            return np.zeros(0, dtype=np.bool_), False, False, self.block_size
         eligible, draft_next = records.eligible(slots)
         drafted = int(np.count_nonzero(eligible)) + load.prefill_ending
         next_prefill = min(load.queue_tokens, load.prefill_tokens + load.draft_room)
@@ -453,7 +475,9 @@ class LoadController:
         price = prices.raised if load.queue_tokens else prices.quiet
         quality = prices.mean_quality
         gain = self._gain(self._recent, anchors, max(drafted, 1), next_prefill, next_room, price, prices, quality)
-        draft_price = price * self.cost.draft_curve(anchors)
+        widths_s = np.array([self.cost.draft_s(max(drafted, 1) * w) for w in range(1, self.block_size + 1)])
+        width = self._width.choose(max(drafted, 1), price, widths_s)
+        draft_price = price * self.cost.draft_curve(anchors, width)
         if not self._drafting:
             draft_price *= 1.0 + self._entry_margin
         each = gain / max(drafted, 1)
@@ -469,13 +493,13 @@ class LoadController:
         if not self._drafting:
             probe = self._probe_due(load, prices)
             draft_next[:] = probe
-            return draft_next, probe, True
+            return draft_next, probe, True, self.block_size
         if pays:
             draft_next[order[:chosen]] = True
         elif gain < draft_price[drafted]:
             draft_next |= eligible
         records.judge(slots[draft_next & eligible], slots[eligible & ~draft_next])
-        return draft_next, True, False
+        return draft_next, True, False, width
 
     def _enter_or_leave(self, pays: bool, hopeless: bool, anchors: int) -> None:
         """Change between drafting and zero-draft mode.
@@ -508,7 +532,9 @@ class LoadController:
         if anchors == 0 or load.queue_tokens:
             return False
         with_block = min(anchors + self.block_size, self.cost.max_rows)
-        probe_s = self.cost.draft_s(anchors) + float(prices.verify_s[with_block] - prices.verify_s[anchors])
+        probe_s = self.cost.draft_s(anchors * self.block_size) + float(
+            prices.verify_s[with_block] - prices.verify_s[anchors]
+        )
         plain_s = float(prices.verify_s[anchors]) + prices.host_s
         period_steps = probe_s / (PROBE_COST_RATIO * plain_s)
         if 2 * load.prefill_ending >= anchors:
@@ -525,10 +551,10 @@ class LoadController:
         room = self.cost.max_rows
         if load.queue_tokens and self._gain(
             self._recent, anchors, anchors, 0, room, prices.quiet, prices
-        ) >= prices.quiet * self.cost.draft_s(anchors):
+        ) >= prices.quiet * self.cost.draft_s(anchors * self._width.width):
             return PlainReason.QUEUE
         alone = 1.0 / (float(prices.verify_s[1]) + self.cost.host_s(1))
-        if self._gain(self._recent, 1, 1, 0, room, alone, prices) >= alone * self.cost.draft_s(1):
+        if self._gain(self._recent, 1, 1, 0, room, alone, prices) >= alone * self.cost.draft_s(self._width.width):
             return PlainReason.LOAD
         return PlainReason.LOW_ACCEPTANCE
 
@@ -558,7 +584,9 @@ class LoadController:
         # alone on the machine: its best rate, and what a row costs on average over one block
         most = min(self.block_size, self.cost.max_rows - 1)
         alone_s = prices.verify_s[1 : most + 2] + prices.host_s
-        alone_rate = float(((1.0 + self._recent.expected(1, most)) / (alone_s + self.cost.draft_s(1))).max())
+        alone_rate = float(
+            ((1.0 + self._recent.expected(1, most)) / (alone_s + self.cost.draft_s(self._width.width))).max()
+        )
         worth_alone = alone_rate * float(alone_s[-1] - alone_s[0]) / max(most, 1)
         fits_quiet = first_cut >= likeliest[quiet_budget - 1] if quiet_budget > budget else np.zeros(sequences, bool)
         return [

@@ -130,11 +130,13 @@ class Runner:
             self.drafter.observe(features, flat.positions, flat.slots)
         inject_s = time.perf_counter()
         chosen = self._to_draft(batch, allocation)
-        drafts = self._undrafted(batch) | self._draft(chosen, self._free(batch, allocation, chosen), calibration)
+        free = self._free(batch, allocation, chosen)
+        drafts = self._undrafted(batch) | self._draft(chosen, free, allocation.draft_width, calibration)
         return StepResult(
             rounds=rounds,
             first_rounds=first_rounds,
             drafted=[sequence.id for sequence in chosen],
+            draft_width=max((self._width(sequence, allocation.draft_width) for sequence in chosen), default=0),
             drafts=drafts,
             rows=len(flat.token_ids),
             forward_s=forward_s - started_s,
@@ -301,9 +303,9 @@ class Runner:
         return self.drafter.proposes_free or bool(request.predicted_token_ids) or request.make_grammar is not None
 
     def _draft(
-        self, chosen: Items[Sequence], free: Items[Sequence], calibration: CalibrationTable
+        self, chosen: Items[Sequence], free: Items[Sequence], width: int, calibration: CalibrationTable
     ) -> dict[int, NextDraft]:
-        """Draft the next block of each; for `free` ones what costs nothing."""
+        """Draft the next block of each, `width` slots; for `free` ones what costs nothing."""
         paid = len(chosen)
         chosen = [*chosen, *free]
         if not chosen:
@@ -323,6 +325,7 @@ class Runner:
                     predicted=state.predicted,
                     forced=state.forced(),
                     legal=None if state.grammar is None else state.legal,
+                    width=self._width(sequence, width),
                 )
                 for i, (sequence, state) in enumerate(zip(chosen, states, strict=True))
             ]
@@ -359,6 +362,10 @@ class Runner:
             for sequence in _sampled_sequences(batch)
             if not sequence.record.request.speculates
         }
+
+    def _width(self, sequence: Sequence, width: int) -> int:
+        """Slots of the sequence's block that are drafted."""
+        return min(width, self._longest(sequence))
 
     def _longest(self, sequence: Sequence) -> int:
         """Drafts kept of the sequence's block."""

@@ -186,7 +186,8 @@ class Round:
 class StepResult:
     """What the runner brings back. rounds: as Batch.decodes; first_rounds: as the prefills that end.
 
-    drafted: ids of the sequences that were drafted for; drafts: by sequence id, of those for which something was proposed.
+    drafted: ids of the sequences that were drafted for, draft_width slots each; drafts: by sequence id, of those for which
+    something was proposed.
     rows: of the target pass. Times in seconds: forward_s target pass with head, sample_s sampling and acceptance,
     inject_s drafter context, draft_s drafting.
     """
@@ -194,6 +195,7 @@ class StepResult:
     rounds: list[Round]
     first_rounds: list[Round]
     drafted: list[int]
+    draft_width: int
     drafts: dict[int, NextDraft]
     rows: int
     forward_s: float

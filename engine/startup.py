@@ -232,6 +232,7 @@ class PassTimer:
     ) -> None:
         self._decoder = decoder
         self._drafter = drafter
+        self.block_size = drafter.block_size
         self._sampler = sampler
         self._num_blocks = num_blocks
         # behind the longest sequence there are no rotations, and what is written there would be anything
@@ -260,18 +261,20 @@ class PassTimer:
 
         return _timed(run)
 
-    def draft_s(self, sequences: int) -> float:
-        """Seconds of drafting one block for each of `sequences` sequences."""
+    def draft_s(self, slots: int) -> float:
+        """Seconds of drafting so many slots, in as few blocks as they fit in."""
+        sequences = -(-slots // self.block_size)
+        width = -(-slots // sequences)
         length = max(1, min(4 * BLOCK_SIZE, self._furthest))
         table = np.arange(blocks_for(length + 1), dtype=np.int32)
         tokens = np.arange(length + 1, dtype=np.int64)  # all different: lookup has nothing to propose, a model must
         tokens %= self._decoder.spec.vocab_size
-        rows = [DraftRow(-1 - i, tokens, length, 0.0, 0, table) for i in range(sequences)]
+        rows = [DraftRow(-1 - i, tokens, length, 0.0, 0, table, width=width) for i in range(sequences)]
         self._drafter.propose(rows)  # a drafter whose context is a pass of its own first catches up
         seconds = _timed(lambda: self._drafter.propose(rows))
         for row in rows:
             self._drafter.forget(row.sequence_id)
-        return seconds
+        return seconds * slots / (sequences * width)
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -16,6 +16,7 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
         if decode.draft is not None:
             row[:] = decode.draft.survival
     free = [decode.draft is not None and decode.draft.free for decode in batch.decodes]
+    source = [0 if decode.draft is None else decode.draft.source for decode in batch.decodes]
     computing = len(batch.prefills)
     return StepLoad(
         sequence_ids=[decode.sequence.id for decode in batch.decodes],
@@ -23,6 +24,7 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
         proposed=np.array([decode.proposed for decode in batch.decodes], np.int32),
         caps=np.array([decode.cap for decode in batch.decodes], np.int32),
         free=np.array(free, np.bool_),
+        source=np.array(source, np.int8),
         context_tokens=batch.context_tokens,
         draft_room=batch.draft_room,
         prefill_tokens=batch.prefill_rows,
@@ -36,23 +38,23 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
 def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float) -> StepOutcome:
     """What the step did, as the controller learns from it. step_s: from planning to commit."""
     confidence = np.zeros_like(load.survival)
-    source = np.zeros(len(confidence), np.int8)
-    for i, decode in enumerate(batch.decodes):
+    for row, decode in zip(confidence, batch.decodes, strict=True):
         if decode.draft is not None:
-            confidence[i], source[i] = decode.draft.confidence, decode.draft.source
+            row[:] = decode.draft.confidence
     sampled = [not decode.sequence.record.request.sampling.greedy for decode in batch.decodes]
     return StepOutcome(
         rows=result.rows,
         context_tokens=load.context_tokens,
         verify_s=result.forward_s + result.sample_s + result.inject_s,
         drafting_sequences=len(result.drafted),
+        draft_width=result.draft_width,
         draft_s=result.draft_s,
         host_s=step_s - result.worker_s,
         sequence_ids=load.sequence_ids,
         survival=load.survival,
         confidence=confidence,
         sampled=np.array(sampled, np.bool_),
-        source=source,
+        source=load.source,
         proposed=load.proposed,
         free=load.free,
         verified=np.array([round_.verified for round_ in result.rounds], np.int32),

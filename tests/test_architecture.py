@@ -52,6 +52,7 @@ ENGINE_LAYERS: list[set[str]] = [
         "cost_model",
         "calibration",
         "draft_history",
+        "draft_width",
         "grammar",
         "sampling",
         "verification",

@@ -21,7 +21,7 @@ from dspark.engine.config import EngineConfig, VerificationMode
 from dspark.engine.drafters.catch_up import CatchUp, ContextChunks
 from dspark.engine.drafters.checkpoint_config import as_drafter_error, drafter_error
 from dspark.engine.drafters.draft_places import drafting_tables, flat_positions, scratch_blocks_per_row, slots_at
-from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise, widest
 from dspark.engine.drafters.token_draws import TokenDraws
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, FlatBatch, LinearFactory
@@ -74,7 +74,7 @@ class DraftModelDrafter:
         """Nothing to take in: the tokens are the input."""
 
     def propose(self, rows: Sequence[DraftRow]) -> Draft:
-        """Draft γ tokens for each of at most `max_num_seqs` rows, none for those whose context is not computed yet."""
+        """Draft the tokens that are wanted for each of at most `max_num_seqs` rows, none without a computed context."""
         if not rows:
             return TokenDraws([], self._verification, self._noise).draft(self.block_size, np.zeros(0, np.bool_))
         assert len(rows) <= self._max_num_seqs, "each row needs scratch blocks"
@@ -108,7 +108,7 @@ class DraftModelDrafter:
     def _draft(
         self, rows: Sequence[DraftRow], hidden: Tensor, tables: NDArray[np.int32], draws: TokenDraws
     ) -> NDArray[np.int64]:
-        """Draw γ tokens for each row; returns what the model has read from the anchor on, [R, γ].
+        """Draw the widest row's w tokens for each; returns what the model has read from the anchor on, [R, w].
 
         hidden: [R, d], of the anchors. The last token drawn is not read: nothing follows it.
         """
@@ -116,7 +116,7 @@ class DraftModelDrafter:
         row_starts = np.arange(len(rows) + 1, dtype=np.int32)
         anchor_positions = np.array([row.position for row in rows], np.int32)
         read = [np.array([row.tokens[row.position] for row in rows], np.int64)]
-        for drawn in range(1, self.block_size):
+        for drawn in range(1, widest(rows, self.block_size)):
             tokens = draws.draw(self._decoder.logits(hidden))
             read.append(tokens)
             positions = anchor_positions + np.int32(drawn)

@@ -58,6 +58,7 @@ class DraftRow:
     prompt_length: tokens of the prompt.              predicted: int64, what the request predicts the output to be.
     forced: int64, the tokens of what the request's grammar leaves no choice about.
     legal: how many of these tokens [n] the grammar allows; None: it has no grammar.
+    width: slots that are worth drafting; one that drafts more for nothing may. None: the whole block.
     """
 
     sequence_id: int
@@ -71,6 +72,12 @@ class DraftRow:
     predicted: NDArray[np.int64] = field(default_factory=lambda: NO_TOKENS)
     forced: NDArray[np.int64] = field(default_factory=lambda: NO_TOKENS)
     legal: Callable[[NDArray[np.int64]], int] | None = None
+    width: int | None = None
+
+
+def widest(rows: Sequence[DraftRow], block_size: int) -> int:
+    """Slots to draft for rows that share a pass."""
+    return max(block_size if row.width is None else min(row.width, block_size) for row in rows)
 
 
 class Drafter(Protocol):

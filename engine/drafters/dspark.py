@@ -6,8 +6,9 @@ logits are the head's plus a Markov bias that depends on the token drafted just 
 A checkpoint may name the ids that are drafted (v of the V): head and bias are then computed for these alone, which for a
 small drafter saves most of its time (FR-Spec, arXiv 2502.14856).
 
-Letters: B sequences, γ draft block, d hidden, H query heads, K key/value heads, e head dim, L layers, m captured
-target layers, r Markov rank, V vocabulary, v ids that are drafted (V where the checkpoint does not say).
+Letters: B sequences, γ draft block, w of its slots that are drafted, d hidden, H query heads, K key/value heads, e head
+dim, L layers, m captured target layers, r Markov rank, V vocabulary, v ids that are drafted (V where the checkpoint does
+not say).
 Source: DSpark paper, sections on the parallel backbone, the Markov head and the confidence head; DeepSpec's code.
 """
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from dspark.engine.config import VerificationMode
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, DraftSpec
-from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise, widest
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Linear, LinearFactory
 from dspark.engine.models.rope import rope_tables
@@ -195,30 +196,35 @@ class DSparkDrafter:
             )
 
     def propose(self, rows: Sequence[DraftRow]) -> Draft:
-        """Draft γ tokens for each of at most `max_num_seqs` rows; needs the context of positions 0 … s-1 of each."""
+        """Draft as many tokens as are wanted for each of at most `max_num_seqs` rows; needs the context of positions
+
+        0 … s-1 of each. A block of fewer slots than γ is a pass of fewer rows, and its tokens are about as good.
+        """
         if not rows:
             empty = np.zeros((0, self.block_size))
             return Draft(empty.astype(np.int64), np.zeros(0, np.int32), empty.astype(np.float32))
         assert len(rows) <= self._max_num_seqs, "each row needs a scratch block"
         anchors = torch.tensor([int(row.tokens[row.position]) for row in rows], device=self._embedding.device)
-        hidden = self._backbone(rows, anchors)
-        logits = self._head(hidden).view(len(rows), self.block_size, -1)
-        hidden = hidden.view(len(rows), self.block_size, -1)
+        width = widest(rows, self.block_size)
+        hidden = self._backbone(rows, anchors, width)
+        logits = self._head(hidden).view(len(rows), width, -1)
+        hidden = hidden.view(len(rows), width, -1)
         tokens, probs = self._draw_left_to_right(rows, anchors, hidden, logits)
         previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
+        undrafted = (0, self.block_size - width)
         return Draft(
-            tokens=tokens.cpu().numpy(),
-            lengths=np.full(len(rows), self.block_size, np.int32),
-            confidence=self._log_odds(hidden, previous).cpu().numpy(),
+            tokens=F.pad(tokens, undrafted).cpu().numpy(),
+            lengths=np.full(len(rows), width, np.int32),
+            confidence=F.pad(self._log_odds(hidden, previous), undrafted).cpu().numpy(),
             probs=probs,
         )
 
     def forget(self, sequence_id: int) -> None:
         """Nothing is kept for a sequence but the context in its blocks."""
 
-    def _backbone(self, rows: Sequence[DraftRow], anchors: Tensor) -> Tensor:
-        """The final-normed hidden state of every slot, [B·γ, d]."""
-        spec, width = self._spec, self.block_size
+    def _backbone(self, rows: Sequence[DraftRow], anchors: Tensor, width: int) -> Tensor:
+        """The final-normed hidden state of every slot, [B·w, d]."""
+        spec = self._spec
         anchor_positions = np.array([row.position for row in rows], np.int32)
         offsets = np.tile(np.arange(width, dtype=np.int32), len(rows))
         positions = anchor_positions.repeat(width) + offsets
@@ -263,18 +269,19 @@ class DSparkDrafter:
     def _draw_left_to_right(
         self, rows: Sequence[DraftRow], anchors: Tensor, hidden: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [B, γ, d]; logits: [B, γ, v], of the head alone; overwritten.
+        """hidden: [B, w, d]; logits: [B, w, v], of the head alone; overwritten.
 
-        Returns the tokens [B, γ] and, in rejection mode, the distributions they were drawn from [B, γ, V].
+        Returns the tokens [B, w] and, in rejection mode, the distributions they were drawn from [B, w, V].
         """
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         scale = self._spec.sampling_scale
         temperatures = torch.tensor([[rows[i].temperature * scale] for i in sampled], device=logits.device)
-        noise = self._block_noise([rows[i] for i in sampled]) if sampled else None
+        width = logits.shape[1]
+        noise = self._block_noise([rows[i] for i in sampled], width) if sampled else None
         tokens: list[Tensor] = []
         distributions: list[Tensor] = []
         previous, state = anchors, None
-        for k in range(self.block_size):
+        for k in range(width):
             scores = logits[:, k].float()
             if self._markov is not None:
                 bias, state = self._markov.bias(self._markov.embed(previous), hidden[:, k], state)
@@ -299,18 +306,18 @@ class DSparkDrafter:
         zeros = distribution.new_zeros((len(distribution), self._spec.vocab_size))
         return zeros.index_copy_(1, self._draft_ids, distribution)
 
-    def _block_noise(self, rows: Sequence[DraftRow]) -> Tensor:
-        """Noise of the positions that each block predicts, [rows, γ, v]."""
-        keys = np.array([row.noise_key for row in rows], np.uint64).repeat(self.block_size)
-        rounds = np.array([row.position for row in rows], np.int64).repeat(self.block_size)
-        positions = rounds + np.tile(np.arange(1, self.block_size + 1), len(rows))
+    def _block_noise(self, rows: Sequence[DraftRow], width: int) -> Tensor:
+        """Noise of the positions that each block predicts, [rows, w, v]."""
+        keys = np.array([row.noise_key for row in rows], np.uint64).repeat(width)
+        rounds = np.array([row.position for row in rows], np.int64).repeat(width)
+        positions = rounds + np.tile(np.arange(1, width + 1), len(rows))
         noise = self._noise(keys, positions, rounds)
         if self._draft_ids is not None:
             noise = noise[:, self._draft_ids]
-        return noise.view(len(rows), self.block_size, -1)
+        return noise.view(len(rows), width, -1)
 
     def _log_odds(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """hidden: [B, γ, d]; previous: [B, γ], the token before each slot's -> [B, γ] float32; 0 without a head."""
+        """hidden: [B, w, d]; previous: [B, w], the token before each slot's -> [B, w] float32; 0 without a head."""
         if self._confidence is None:
             return torch.zeros(previous.shape)
         weight, bias = self._confidence

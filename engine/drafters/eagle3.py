@@ -31,7 +31,7 @@ from dspark.engine.config import EngineConfig
 from dspark.engine.drafters.catch_up import CatchUp, ContextChunks
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, drop_shared_with_target
 from dspark.engine.drafters.draft_places import drafting_tables, flat_positions, scratch_blocks_per_row, slots_at
-from dspark.engine.drafters.drafter import Draft, DraftRow, Noise
+from dspark.engine.drafters.drafter import Draft, DraftRow, Noise, widest
 from dspark.engine.drafters.eagle3_checkpoint import (
     Eagle3Spec,
     check_eagle3_fits,
@@ -124,7 +124,7 @@ class Eagle3Drafter:
         self._catch_up.overwrite(np.unique(slots // self._kv_block_size).tolist())
 
     def propose(self, rows: Sequence[DraftRow]) -> Draft:
-        """Draft γ tokens for each of at most `max_num_seqs` rows, none for those whose context is not made yet.
+        """Draft the tokens that are wanted for each of at most `max_num_seqs` rows, none where the context is not made yet.
 
         Needs the features of positions 0 … s-1 of each.
         """
@@ -157,7 +157,7 @@ class Eagle3Drafter:
         )
 
     def _draft(self, rows: Sequence[DraftRow], draws: TokenDraws) -> None:
-        """Draw γ tokens for each row."""
+        """Draw the widest row's tokens for each row."""
         owners = np.arange(len(rows))
         tables = drafting_tables(rows, self.block_size, self._kv_block_size, self._scratch[: len(rows)])
         positions = np.array([row.position - 1 for row in rows], np.int32)
@@ -169,7 +169,7 @@ class Eagle3Drafter:
         tables[:, 0] = copies
         tokens = np.array([row.tokens[row.position] for row in rows], np.int64)
         slots = copies.astype(np.int64) * self._kv_block_size  # of slot 0, for the index of the anchor's token
-        for drawn in range(self.block_size):
+        for drawn in range(widest(rows, self.block_size)):
             if drawn:
                 positions = positions + np.int32(1)
                 slots = slots_at(tables, owners, positions, self._kv_block_size)

@@ -64,14 +64,15 @@ class TokenDraws:
         tokens = np.zeros((len(proposing), block_size), np.int64)
         confidence = np.zeros((len(proposing), block_size), np.float32)
         probs = None
-        if self._tokens:
-            tokens[proposing] = torch.stack(self._tokens, dim=1).numpy()
-            confidence[proposing] = torch.stack(self._confidence, dim=1).numpy()
+        drawn = len(self._tokens)
+        if drawn:
+            tokens[proposing, :drawn] = torch.stack(self._tokens, dim=1).numpy()
+            confidence[proposing, :drawn] = torch.stack(self._confidence, dim=1).numpy()
         if self._probs:
-            drawn = torch.stack(self._probs, dim=1)
-            probs = drawn.new_zeros((len(proposing), *drawn.shape[1:]))
-            probs[torch.from_numpy(proposing)] = drawn
-        return Draft(tokens, np.where(proposing, block_size, 0).astype(np.int32), confidence, probs)
+            of_proposing = torch.stack(self._probs, dim=1)
+            probs = of_proposing.new_zeros((len(proposing), *of_proposing.shape[1:]))
+            probs[torch.from_numpy(proposing)] = of_proposing
+        return Draft(tokens, np.where(proposing, drawn, 0).astype(np.int32), confidence, probs)
 
 
 def log_odds_of_highest(scores: Tensor) -> Tensor:

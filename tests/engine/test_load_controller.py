@@ -61,6 +61,7 @@ def _load(
         proposed=lengths,
         caps=lengths,
         free=np.zeros(sequences, np.bool_),
+        source=np.zeros(sequences, np.int8),
         context_tokens=0,
         draft_room=MAX_ROWS - sequences - prefill_tokens if room is None else room,
         prefill_tokens=prefill_tokens,
@@ -168,7 +169,7 @@ def _jagged_cost(seed: int) -> CostModel:
     rng = np.random.default_rng(seed)
     rows = np.arange(1, 41)
     seconds = 0.01 + np.cumsum(rng.random(40) * (rng.random(40) < 0.3)) * 0.01
-    return CostModel(SizeCurve(rows.tolist(), seconds.tolist()), SizeCurve([1], [0.001]), host_s=0.001)
+    return CostModel(SizeCurve(rows.tolist(), seconds.tolist()), SizeCurve([1, 12], [0.001, 0.001]), host_s=0.001)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -191,7 +192,7 @@ def test_without_a_queue_the_price_is_the_best_rate_that_can_be_earned(seed: int
     block = np.cumprod(np.full((3, 4), 0.85), axis=1)
     for _ in range(300):
         allocation = controller.allocate(_load(block, room=12))
-    fixed_s = cost.draft_s(3) + cost.host_s(3)
+    fixed_s = cost.draft_s(3 * 4) + cost.host_s(3)
     likeliest = np.sort(block.ravel())[::-1]
     rates = [(3 + likeliest[:n].sum()) / (float(cost.verify_s(3 + n)) + fixed_s) for n in range(13)]
     plain = 3 / (float(cost.verify_s(3)) + cost.host_s(3))
@@ -265,9 +266,7 @@ def test_the_room_in_the_step_and_the_caps_are_respected() -> None:
     assert controller.allocate(_load(survival, room=5)).budget == 5
     assert controller.allocate(_load(survival, room=0)).budget == 0
     load = _load(survival)
-    capped = StepLoad(
-        load.sequence_ids, load.survival, load.proposed, np.array([0, 2, 7, 9], np.int32), load.free, 0, 100
-    )
+    capped = replace(load, caps=np.array([0, 2, 7, 9], np.int32), draft_room=100)
     assert controller.allocate(capped).budget == 16
 
 
@@ -279,7 +278,7 @@ def test_with_a_latency_target_drafts_do_not_make_a_step_longer_than_it() -> Non
     for controller in (free, bound):
         for _ in range(3):
             allocation = controller.allocate(_load(survival))
-        longest_s = table.verify_s(2 + allocation.budget) + table.draft_s(2)
+        longest_s = table.verify_s(2 + allocation.budget) + table.draft_s(2 * allocation.draft_width)
         assert (longest_s <= 0.012) == (controller is bound)
         assert allocation.budget > 0
 
@@ -324,7 +323,7 @@ def test_a_drafter_that_does_not_pay_is_not_run_and_probing_it_costs_below_one_p
     probes = sum(count > 0 for count in drafted)
     assert probes >= 5
     step_s = table.verify_s(4) + table.host
-    assert probes * (table.draft_s(4) + table.verify_s(4 + BLOCK) - table.verify_s(4)) < 0.01 * 2000 * step_s
+    assert probes * (table.draft_s(4 * BLOCK) + table.verify_s(4 + BLOCK) - table.verify_s(4)) < 0.01 * 2000 * step_s
 
 
 def test_a_drafter_that_has_become_good_is_run_again_after_a_few_probes() -> None:
@@ -520,7 +519,7 @@ def test_predictions_are_of_this_step_and_of_plain_decoding() -> None:
     for _ in range(60):
         allocation, lengths = batch.step(dict.fromkeys(range(8), 0.8))
     drafting = int(allocation.draft_next.sum())
-    took_s = table.verify_s(8 + int(lengths.sum())) + table.draft_s(drafting) + table.host
+    took_s = table.verify_s(8 + int(lengths.sum())) + table.draft_s(drafting * allocation.draft_width) + table.host
     assert allocation.predicted_step_s == pytest.approx(took_s, rel=0.05)
     plain_s = table.verify_s(8) + table.host
     assert allocation.plain_estimate_s(0) == pytest.approx(plain_s, rel=0.05)
@@ -537,6 +536,7 @@ def test_a_step_of_prompts_alone_is_allocated_too() -> None:
         no_drafts,
         no_drafts,
         no_drafts > 0,
+        no_drafts.astype(np.int8),
         0,
         400,
         prefill_tokens=100,
@@ -555,7 +555,7 @@ def test_a_drafter_that_proposes_nothing_most_of_the_time_is_handled() -> None:
     survival = np.cumprod(np.full((3, BLOCK), 0.9), axis=1).astype(np.float32)
     proposed = np.array([0, 3, 0], np.int32)
     survival[np.arange(BLOCK) >= proposed[:, None]] = 0.0
-    load = StepLoad([0, 1, 2], survival, proposed, np.full(3, BLOCK, np.int32), np.zeros(3, np.bool_), 0, 100)
+    load = replace(_load(survival, room=100), proposed=proposed)
     for _ in range(50):
         allocation = controller.allocate(load)
     assert allocation.budget == 3

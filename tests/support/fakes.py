@@ -169,7 +169,7 @@ class RecordedCost(CostModel):
         """Recorded costs do not change."""
         return 0.0
 
-    def observe_draft(self, sequences: int, seconds: float) -> None:
+    def observe_draft(self, slots: int, seconds: float) -> None:
         """Recorded costs do not change."""
 
     def observe_host(self, sequences: int, seconds: float) -> None:
@@ -177,7 +177,7 @@ class RecordedCost(CostModel):
 
 
 class RandomAllocation(LoadController):
-    """Budgets, and who is drafted for, drawn at random: every length that any policy could choose."""
+    """Budgets, widths and who is drafted for, drawn at random: every length that any policy could choose."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -193,6 +193,7 @@ class RandomAllocation(LoadController):
             budget=int(self._random.integers(0, room + 1)),
             draft_next=draft_next,
             draft_new=draft_new,
+            draft_width=int(self._random.integers(1, self.block_size + 1)),
             plain_reason=[None if drafted else PlainReason.LOW_ACCEPTANCE for drafted in draft_next.tolist()],
             plain_reason_new=None if draft_new else PlainReason.LOW_ACCEPTANCE,
         )

@@ -94,7 +94,7 @@ class Harness:
         drafted = [d.sequence for d, wanted in zip(batch.decodes, allocation.draft_next, strict=True) if wanted]
         drafts = {sequence.id: self._draft() for sequence in drafted}
         rows = len(lengths) + sum(lengths) + batch.prefill_rows
-        return Plan(batch, allocation, StepResult(rounds, firsts, [*drafts], drafts, rows, 0.0, 0.0, 0.0, 0.0))
+        return Plan(batch, allocation, StepResult(rounds, firsts, [*drafts], GAMMA, drafts, rows, 0.0, 0.0, 0.0, 0.0))
 
     def commit(self, plan: Plan) -> None:
         facts = StepFacts()

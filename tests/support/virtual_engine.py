@@ -7,7 +7,7 @@ verification, so every policy sees the same texts and the times that they need c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,26 +22,31 @@ MAX_ROWS = 512
 
 @dataclass(frozen=True)
 class CostTable:
-    """Recorded seconds. verify: [MAX_ROWS + 1] by rows; draft: [65] by sequences, entry 0 is 0; host: per step."""
+    """Recorded seconds. verify: [MAX_ROWS + 1] by rows; draft: [64 · BLOCK + 1] by slots, entry 0 is 0; host: per step."""
 
     name: str
     verify: np.ndarray
     draft: np.ndarray
     host: float
 
+    rows_per_sequence = 8
+    block_size = BLOCK
+
     def verify_s(self, rows: int, context_tokens: int = 0) -> float:
         return float(self.verify[rows])
 
-    def draft_s(self, sequences: int) -> float:
-        return float(self.draft[sequences])
+    def draft_s(self, slots: int) -> float:
+        return float(self.draft[slots])
 
     def scaled(self, factor: float) -> CostTable:
-        return CostTable(f"{self.name} x{factor}", self.verify * factor, self.draft * factor, self.host * factor)
+        name = f"{self.name} x{factor}"
+        return replace(self, name=name, verify=self.verify * factor, draft=self.draft * factor, host=self.host * factor)
 
 
 def _table(name: str, verify_ms: dict[int, float], draft_ms: dict[int, float], host_ms: float) -> CostTable:
     verify = np.interp(np.arange(MAX_ROWS + 1), list(verify_ms), list(verify_ms.values())) / 1e3
-    draft = np.interp(np.arange(65), list(draft_ms), list(draft_ms.values())) / 1e3
+    """draft_ms: by sequences, of whole blocks; one slot takes as long as a block."""
+    draft = np.interp(np.arange(64 * BLOCK + 1) / BLOCK, list(draft_ms), list(draft_ms.values())) / 1e3
     draft[0] = 0.0
     return CostTable(name, verify, draft, host_ms / 1e3)
 
@@ -49,7 +54,8 @@ def _table(name: str, verify_ms: dict[int, float], draft_ms: dict[int, float], h
 def _jagged() -> CostTable:
     rows = np.arange(MAX_ROWS + 1)
     verify = 8.0 + 3.0 * np.ceil(np.maximum(rows, 1) / 16) + 6.0 * (rows > 64) + 10.0 * (rows > 256)
-    draft = np.where(np.arange(65) > 0, 2.0 + 0.5 * np.ceil(np.arange(65) / 8), 0.0)
+    slots = np.arange(64 * BLOCK + 1)
+    draft = np.where(slots > 0, 2.0 + 0.5 * np.ceil(slots / (8 * BLOCK)), 0.0)
     return CostTable("jagged", verify / 1e3, draft / 1e3, 1e-3)
 
 
@@ -131,6 +137,7 @@ class Trace:
     budget: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
     drafting: list[int] = field(default_factory=list)
+    width: list[int] = field(default_factory=list)
     arrived: list[int] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
 
@@ -143,7 +150,8 @@ class Trace:
         arrived = np.asarray(self.arrived)
         first, last = np.searchsorted(arrived, [1 + 0.25 * arrived[-1], arrived[-1]])
         steps = slice(first + 1, last + 1)
-        seconds = table.verify[self.rows[steps]] + table.draft[self.drafting[steps]] + table.host
+        slots = np.multiply(self.drafting[steps], self.width[steps])
+        seconds = table.verify[self.rows[steps]] + table.draft[slots] + table.host
         return float(np.sum(self.tokens[steps]) / np.sum(seconds))
 
 
@@ -173,7 +181,7 @@ class VirtualEngine:
         self.trace = Trace()
         self.emitted = np.zeros(texts.count, dtype=np.int64)
         self.prompt_left = np.full(texts.count, texts.prompt)
-        self.has_block = np.zeros(texts.count, dtype=bool)
+        self.block_width = np.zeros(texts.count, dtype=np.int32)
         self.running: list[int] = []
         self.arrived = 0
 
@@ -208,18 +216,20 @@ class VirtualEngine:
                 ending.append(int(request))
         confidence, run = self.texts.blocks(decoding, self.emitted[decoding])
         remaining = self.texts.lengths[decoding] - self.emitted[decoding]
-        proposed = np.where(self.has_block[decoding], BLOCK, 0).astype(np.int32)
+        proposed = self.block_width[decoding]
         caps = np.minimum(proposed, remaining - 1).astype(np.int32)
         room = MAX_ROWS - anchors - prefill
         if isinstance(self.policy, LoadController):
             sampled = self.texts.sampled[decoding]
-            survival = self.policy.calibration.survival(confidence, sampled) * (proposed[:, None] > 0)
+            survival = self.policy.calibration.survival(confidence, sampled)
+            survival[np.arange(BLOCK) >= proposed[:, None]] = 0.0
             load = StepLoad(
                 sequence_ids=decoding.tolist(),
                 survival=survival,
                 proposed=proposed,
                 caps=caps,
                 free=np.zeros(len(decoding), np.bool_),
+                source=np.zeros(len(decoding), np.int8),
                 context_tokens=0,
                 draft_room=room,
                 prefill_tokens=prefill,
@@ -229,20 +239,20 @@ class VirtualEngine:
             )
             allocation = self.policy.allocate(load)
             lengths = fill_budget(survival, caps, allocation.budget)
-            draft_next, draft_new = allocation.draft_next, allocation.draft_new
+            draft_next, draft_new, width = allocation.draft_next, allocation.draft_new, allocation.draft_width
             self.last_allocation = allocation
         else:
             lengths = np.minimum(caps, self.policy)
             if lengths.sum() > room:
                 lengths = fill_budget(np.ones((anchors, BLOCK), np.float32), lengths, room)
-            draft_next, draft_new = np.full(anchors, self.policy > 0), self.policy > 0
+            draft_next, draft_new, width = np.full(anchors, self.policy > 0), self.policy > 0, BLOCK
         accepted = np.minimum(run, lengths)
         rows = anchors + prefill + int(lengths.sum())
         drafted = np.concatenate([decoding[draft_next], np.asarray(ending if draft_new else [], dtype=np.int64)])
-        verify_s, draft_s = self.table.verify_s(rows), self.table.draft_s(len(drafted))
+        verify_s, draft_s = self.table.verify_s(rows), self.table.draft_s(len(drafted) * width)
         self.clock_s += verify_s + draft_s + self.table.host
-        self.has_block[running] = False
-        self.has_block[drafted] = True
+        self.block_width[running] = 0
+        self.block_width[drafted] = width
         self.emitted[decoding] += accepted + 1
         self.emitted[ending] = 1
         if isinstance(self.policy, LoadController):
@@ -252,6 +262,7 @@ class VirtualEngine:
                     context_tokens=0,
                     verify_s=verify_s,
                     drafting_sequences=len(drafted),
+                    draft_width=width,
                     draft_s=draft_s,
                     host_s=self.table.host,
                     sequence_ids=load.sequence_ids,
@@ -272,6 +283,7 @@ class VirtualEngine:
         self.trace.budget.append(int(lengths.sum()))
         self.trace.running.append(anchors)
         self.trace.drafting.append(len(drafted))
+        self.trace.width.append(width)
         self.trace.arrived.append(self.arrived)
 
     def _finish(self, running: np.ndarray) -> None:
@@ -317,6 +329,7 @@ class SteadyBatch:
                 proposed,
                 proposed,
                 np.zeros(len(ids), np.bool_),
+                np.zeros(len(ids), np.int8),
                 0,
                 MAX_ROWS - len(ids),
                 0,
@@ -334,7 +347,8 @@ class SteadyBatch:
                 context_tokens=0,
                 verify_s=self.table.verify_s(rows),
                 drafting_sequences=drafting,
-                draft_s=self.table.draft_s(drafting),
+                draft_width=allocation.draft_width,
+                draft_s=self.table.draft_s(drafting * allocation.draft_width),
                 host_s=self.table.host,
                 sequence_ids=ids,
                 survival=survival,
