@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dspark.kernels.cpu import cpu_kernel, like, view
 from dspark.kernels.paged_attention import add_values, load_queries, store_tile
-from dspark.kernels.simd import LANES, TILE, exp, highest_of, score_tile, sum_of
+from dspark.kernels.simd import LANES, TILE, exp_below, highest_of, score_tile, sum_of
 
 
 def draft_attention_reference(
@@ -95,8 +95,7 @@ def _draft_attention(
             row[context_lens[s] : context_blocks * LANES] = np.float32(-np.inf)
             row[context_blocks * LANES + width :] = np.float32(-np.inf)
             highest = highest_of(row, 0, length)
-            for t in range(row.size):
-                row[t] = exp(row[t] - highest)
+            exp_below(row, 0, length, highest)
             weights[m] = sum_of(row, 0, length)
         for block in range(context_blocks + 1):
             page = np.int64(block_tables[s, block] if block < context_blocks else scratch_blocks[s])

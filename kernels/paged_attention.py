@@ -27,7 +27,7 @@ from dspark.kernels.simd import (
     LANES,
     TILE,
     WIDE,
-    exp,
+    exp_below,
     highest_of,
     score_tile,
     store_as,
@@ -99,9 +99,7 @@ def softmax_rows(scores, stride, begin, first, last, weights):
         for t in range(last[m] + 1, stride):
             scores[base + t] = np.float32(-np.inf)
         highest = highest_of(scores, base + begin, base + stride)
-        row = scores[base + begin : base + stride]  # indices from 0 let the loop vectorise: no wrap-around to consider
-        for t in range(row.size):
-            row[t] = exp(row[t] - highest)
+        exp_below(scores, base + begin, base + stride, highest)
         weights[m] = sum_of(scores, base + begin, base + stride)
 
 
@@ -116,18 +114,23 @@ def add_values(scores, score_offset, stride, values, value_offset, sums, dim):
 
 
 @inner
-def tile_list(row_starts, group):
-    """All (sequence, first query vector) pairs, four query vectors a tile: [tiles, 2] int64."""
+def tile_list(row_starts, group, kv_heads):
+    """All (sequence, K/V head, first query vector) triples, four query vectors a tile: [tiles, 3] int64.
+
+    Those of a head are neighbours: its keys and values are in the cache from the first on.
+    """
     total = 0
     for s in range(row_starts.size - 1):
         total += ((row_starts[s + 1] - row_starts[s]) * group + TILE - 1) // TILE
-    tiles = np.empty((total, 2), np.int64)
+    tiles = np.empty((total * kv_heads, 3), np.int64)
     at = 0
     for s in range(row_starts.size - 1):
-        for vector in range(0, (row_starts[s + 1] - row_starts[s]) * group, TILE):
-            tiles[at, 0] = s
-            tiles[at, 1] = vector
-            at += 1
+        for kv_head in range(kv_heads):
+            for vector in range(0, (row_starts[s + 1] - row_starts[s]) * group, TILE):
+                tiles[at, 0] = s
+                tiles[at, 1] = kv_head
+                tiles[at, 2] = vector
+                at += 1
     return tiles
 
 
@@ -166,12 +169,12 @@ def _paged_attention(
     k_cache = view(k_cache_address, cache_size, like)
     v_cache = view(v_cache_address, cache_size, like)
     out = view(out_address, rows * heads * dim, like)
-    tiles = tile_list(row_starts, group)
+    tiles = tile_list(row_starts, group, kv_heads)
     block_elements = dim * LANES
-    for task in numba.prange(tiles.shape[0] * kv_heads):
-        kv_head = task % kv_heads
-        s = tiles[task // kv_heads, 0]
-        first_vector = tiles[task // kv_heads, 1]
+    for task in numba.prange(tiles.shape[0]):
+        s = tiles[task, 0]
+        kv_head = tiles[task, 1]
+        first_vector = tiles[task, 2]
         row_begin = row_starts[s]
         count = (row_starts[s + 1] - row_begin) * group
         first = np.empty(TILE, np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dspark.kernels.cpu import cpu_kernel, like, view
-from dspark.kernels.simd import exp, store_as, to_float
+from dspark.kernels.simd import LANES, exp, silu_mul_row, store_as, to_float
 
 
 def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -24,13 +24,13 @@ def _silu_mul(like, gate_up_address, rows, width, out_address):
     gate_up = view(gate_up_address, 2 * rows * width, like)
     out = view(out_address, rows * width, like)
     for row in numba.prange(rows):
-        gate = gate_up[2 * row * width : (2 * row + 1) * width]
-        up = gate_up[(2 * row + 1) * width : (2 * row + 2) * width]
-        target = out[row * width : (row + 1) * width]
-        for i in range(width):
-            x = to_float(gate[i])
-            opposite = -x if x > np.float32(-88.0) else np.float32(88.0)
-            store_as(target, i, x / (np.float32(1.0) + exp(opposite)) * to_float(up[i]))
+        whole = width // LANES * LANES
+        silu_mul_row(gate_up, 2 * row * width, width, whole, out, row * width)
+        for i in range(whole, width):
+            gate = to_float(gate_up[2 * row * width + i])
+            opposite = -gate if gate > np.float32(-88.0) else np.float32(88.0)
+            up = to_float(gate_up[(2 * row + 1) * width + i])
+            store_as(out, row * width + i, gate / (np.float32(1.0) + exp(opposite)) * up)
 
 
 _kernel = cpu_kernel(_silu_mul)

@@ -29,6 +29,18 @@ _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INT = ir.IntType(64)
 
 
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+"""ln 2 in two parts."""
+EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+
+
 @intrinsic
 def bits_to_float(typing_context: Any, bits: Any) -> Any:
     """uint32 -> float32, same bits."""
@@ -325,6 +337,102 @@ def _make_reduction(name: str, start: float) -> Callable[..., float]:
     return reduction
 
 
+def _vector(value: float) -> Any:
+    return ir.Constant(_VECTOR, [float(np.float32(value))] * LANES)
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """`exp` of a vector: its operations in its order, so the same bits."""
+    words = ir.VectorType(ir.IntType(32), LANES)
+
+    def integers(value: int) -> Any:
+        return ir.Constant(words, [value] * LANES)
+
+    tiny = builder.fcmp_ordered("<", x, _vector(-87.0))
+    x = builder.select(tiny, _vector(-87.0), x)
+    shifted = builder.fadd(builder.fmul(x, _vector(1.4426950408889634)), _vector(128.5))
+    power = builder.sub(builder.fptosi(shifted, words), integers(128))
+    n = builder.sitofp(power, _VECTOR)
+    rest = builder.fsub(x, builder.fmul(n, _vector(LN2_HIGH)))
+    rest = builder.fsub(rest, builder.fmul(n, _vector(LN2_LOW)))
+    p = _vector(EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
+        p = builder.fadd(builder.fmul(p, rest), _vector(coefficient))
+    p = builder.fmul(builder.fmul(p, rest), rest)
+    p = builder.fadd(builder.fadd(p, rest), _vector(1.0))
+    two_to_n = builder.bitcast(builder.shl(builder.add(power, integers(127)), integers(23)), _VECTOR)
+    return builder.select(tiny, _vector(0.0), builder.fmul(p, two_to_n))
+
+
+def _vector_store(builder: Any, array_type: Any, data: Any, offset: Any, value: Any) -> None:
+    """16 floats to consecutive elements from `offset`; bfloat16 bits are rounded to nearest even, as by `store_as`."""
+    pointer = builder.gep(data, [offset])
+    if array_type.dtype == types.float32:
+        builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+        return
+    words, halves = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(ir.IntType(16), LANES)
+
+    def integers(number: int) -> Any:
+        return ir.Constant(words, [number] * LANES)
+
+    bits = builder.bitcast(value, words)
+    odd = builder.and_(builder.lshr(bits, integers(16)), integers(1))
+    rounded = builder.add(bits, builder.add(odd, integers(0x7FFF)))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), integers(0x7FC00000), rounded)
+    narrow = builder.trunc(builder.lshr(chosen, integers(16)), halves)
+    builder.store(narrow, builder.bitcast(pointer, halves.as_pointer()), align=2)
+
+
+@intrinsic
+def exp_below(typing_context: Any, values: Any, begin: Any, end: Any, highest: Any) -> Any:
+    """values[i] = e^(values[i] - highest), begin ≤ i < end, a multiple of 16 float32 elements."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = _data(context, builder, signature.args[0], args[0])
+        undefined, lanes = (
+            ir.Constant(_VECTOR, ir.Undefined),
+            ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES),
+        )
+        first = builder.insert_element(undefined, args[3], ir.Constant(ir.IntType(32), 0))
+        highest_of_all = builder.shuffle_vector(first, undefined, lanes)
+        with cgutils.for_range(builder, builder.lshr(builder.sub(args[2], args[1]), _constant(4))) as loop:
+            at = builder.add(args[1], builder.shl(loop.index, _constant(4)))
+            value = builder.fsub(_vector_load(builder, signature.args[0], data, at), highest_of_all)
+            _vector_store(builder, signature.args[0], data, at, _exp(builder, value))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(values, i, i, types.float32), codegen
+
+
+@intrinsic
+def silu_mul_row(
+    typing_context: Any, gate_up: Any, offset: Any, width: Any, count: Any, out: Any, out_offset: Any
+) -> Any:
+    """out[out_offset + i] = g / (1 + e^-g) · gate_up[offset + width + i], g = gate_up[offset + i], i < count, a multiple of 16.
+
+    gate_up, out: flat float32 or bfloat16 bits.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source = _data(context, builder, signature.args[0], args[0])
+        target = _data(context, builder, signature.args[4], args[4])
+        with cgutils.for_range(builder, builder.lshr(args[3], _constant(4))) as loop:
+            step = builder.shl(loop.index, _constant(4))
+            at = builder.add(args[1], step)
+            gate = _vector_load(builder, signature.args[0], source, at)
+            up = _vector_load(builder, signature.args[0], source, builder.add(at, args[2]))
+            in_range = builder.fcmp_ordered(">", gate, _vector(-88.0))
+            opposite = builder.select(in_range, builder.fsub(_vector(-0.0), gate), _vector(88.0))
+            sigmoid_of = builder.fadd(_vector(1.0), _exp(builder, opposite))
+            result = builder.fmul(builder.fdiv(gate, sigmoid_of), up)
+            _vector_store(builder, signature.args[4], target, builder.add(args[5], step), result)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(gate_up, i, i, i, out, i), codegen
+
+
 highest_of = _make_reduction("fmax", float("-inf"))
 sum_of = _make_reduction("fadd", 0.0)
 WIDE = 64 if MANY_REGISTERS else LANES
@@ -336,19 +444,16 @@ panel_tile_1, panel_tile_2, panel_tile_3, panel_tile_4, panel_tile_5, panel_tile
 
 @inner
 def exp(x):
-    """e^x in float32 for x ≤ 88, exactly 0 below -87; relative error < 2e-7. Loops over it vectorise."""
+    """e^x in float32 for x ≤ 88, exactly 0 below -87; relative error < 2e-7."""
     tiny = x < np.float32(-87.0)
     x = np.float32(-87.0) if tiny else x
     power = np.int32(x * np.float32(1.4426950408889634) + np.float32(128.5)) - np.int32(128)  # floor(x / ln 2 + ½)
     n = np.float32(power)
-    r = x - n * np.float32(0.693359375)  # ln 2 in two parts
-    r = r - n * np.float32(-2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
+    r = x - n * np.float32(LN2_HIGH)
+    r = r - n * np.float32(LN2_LOW)
+    p = np.float32(EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
+        p = p * r + np.float32(coefficient)
     p = p * r * r + r + np.float32(1.0)
     two_to_n = bits_to_float(np.uint32(power + np.int32(127)) << np.uint32(23))
     return np.float32(0.0) if tiny else p * two_to_n

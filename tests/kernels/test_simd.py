@@ -21,6 +21,11 @@ def exp_of_all(x, out):
 
 
 @numba.njit
+def exp_between(values, begin, end, highest):
+    simd.exp_below(values, begin, end, highest)
+
+
+@numba.njit
 def widen(elements, out):
     for i in range(elements.size):
         out[i] = simd.to_float(elements[i])
@@ -85,6 +90,18 @@ def test_exp_has_a_relative_error_below_2e_7_up_to_88() -> None:
 
 def test_exp_is_exactly_one_at_zero_and_exactly_zero_below_minus_87() -> None:
     assert exponentials(np.array([0.0, -0.0, -87.001, -1e30, -np.inf], np.float32)).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_exp_of_vectors_has_the_same_bits_and_leaves_the_rest_alone() -> None:
+    x = np.linspace(-100, 87, 16 * 5000).astype(np.float32)
+    x[:4] = [-np.inf, 0.0, -87.0, np.nextafter(np.float32(-87.0), np.float32(-88.0))]
+    values = x.copy()
+    exp_between(values, 0, x.size, np.float32(0.0))
+    np.testing.assert_array_equal(values, exponentials(x))
+    values = x.copy()
+    exp_between(values, 32, 64, np.float32(3.5))
+    np.testing.assert_array_equal(values[32:64], exponentials(x[32:64] - np.float32(3.5)))
+    np.testing.assert_array_equal(np.delete(values, np.s_[32:64]), np.delete(x, np.s_[32:64]))
 
 
 def test_bfloat16_bits_are_widened_exactly() -> None:
