@@ -43,7 +43,7 @@ from dspark.server.cli import add_serve_arguments, listen, load_service, run, se
 if TYPE_CHECKING:
     from dspark.engine.calibration import CalibrationTable
     from dspark.engine.load_controller import Allocation
-    from dspark.engine.runner import Runner
+    from dspark.engine.runner import Pending, Runner
     from dspark.engine.sequence import Batch, RequestRecord, StepResult
     from dspark.server.service import Service
 
@@ -76,7 +76,7 @@ class FaultyRunner:
         self._begun = 0
         self._runner = runner
 
-    def run(self, batch: Batch, allocation: Allocation, calibration: CalibrationTable) -> StepResult:
+    def launch(self, batch: Batch, allocation: Allocation, calibration: CalibrationTable) -> Pending:
         fault = None
         if self._begun < self.due:
             fault = self._begun % 3
@@ -84,11 +84,14 @@ class FaultyRunner:
             if fault == 2:
                 self.broken.append(batch.sequences[-1].record)
         if fault is None and not any(sequence.record in self.broken for sequence in batch.sequences):
-            return self._runner.run(batch, allocation, calibration)
+            return self._runner.launch(batch, allocation, calibration)
         self.failed += 1
         if fault == 1:
-            self._runner.run(batch, allocation, calibration)
+            self._runner.launch(batch, allocation, calibration)
         raise ArithmeticError("the chaos run lets this step fail")
+
+    def collect(self, pending: Pending) -> StepResult:
+        return self._runner.collect(pending)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,14 @@ class Engine:
         self._stall_timeout_s = config.stall_timeout_s
         self._worker = worker
         self._loop = Loop(
-            self.scheduler, parts.controller, parts.runner, worker, self._deliver, self._report, self._fail_requests
+            self.scheduler,
+            parts.controller,
+            parts.runner,
+            worker,
+            config.lag,
+            self._deliver,
+            self._report,
+            self._fail_requests,
         )
         self._busy_since_s = 0.0
         self._streams: dict[int, RequestStream] = {}

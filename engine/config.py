@@ -39,6 +39,9 @@ class EngineConfig:
     """Prompt tokens of the requests that wait; one request may always wait, however long it is."""
     stall_timeout_s: float = 60.0
     """With work here and no step ended for so long, the engine counts as stalled."""
+    lag: int = 0
+    """Steps that may be unfinished while the next one is planned, 0 or 1. With 1 a device need not wait for the host; on a CPU,
+    where a step is finished before the next one could be planned, it costs a step's latency and is for tests."""
     num_speculative_tokens: int | None = None
     """Longest draft γ; None: what the drafter was trained for (lookup: 7)."""
     speculation: SpeculationMode = "adaptive"

@@ -164,3 +164,4 @@ class EngineInfo:
     row_invariant: bool  # the start-up self-test passed
     load_seconds: dict[str, float]  # phase -> time; phases: target_weights, draft_weights, kv_alloc, warmup, profile
     verification: str = "coupled"
+    lag: int = 0  # steps unfinished while the next one is planned

@@ -25,7 +25,7 @@ Source: DSpark paper, Algorithm 1 (P = 0 and the same R, T in numerator and deno
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,8 @@ class StepLoad:
     queue_tokens: verifier-queue tokens beyond this step that could start now or share this step's budget.
     draft_context: K/V entries that one more draft row reads on average.
     waiting_requests: sequences behind `prefill_tokens` and `queue_tokens`, those whose prompt is being computed included.
+    known: False while a step in flight still drafts the blocks that this one verifies: `survival` is then that of the blocks
+    before, `proposed` and `caps` are upper bounds.
     """
 
     sequence_ids: Sequence[int]
@@ -92,6 +94,7 @@ class StepLoad:
     queue_tokens: int = 0
     waiting_requests: int = 0
     draft_context: float = 0.0
+    known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,7 @@ class LoadController:
         self._entry_margin = 0.0
         self._drafting = True
         self._probing = False
+        self._to_learn: tuple[NDArray[np.bool_], bool] | None = None
         self._steps_since_full = 0
         self._steps_since_probe = 0
         self._probe_credit_s = 0.0
@@ -228,6 +232,7 @@ class LoadController:
 
     def allocate(self, load: StepLoad) -> Allocation:
         """Decide the step's draft budget and which sequences are drafted for after it."""
+        self._to_learn = None
         if self.mode == "off":
             return self._off(load)
         anchors = len(load.sequence_ids)
@@ -237,7 +242,11 @@ class LoadController:
         slots = self._sequences.slots(load.sequence_ids)
         probe = self._probing
         self._probing = False
-        self._learn_blocks(load, slots, probe)
+        attempted = self._sequences.attempted[slots]
+        if load.known:
+            self._learn_blocks(load, slots, attempted, probe)
+        else:
+            self._to_learn = attempted, probe
         prices = self._prices(load, slots)
         self._last_price = prices.quiet
         admissible = np.where(self._positions < lengths[:, None], load.survival, np.float32(0.0))
@@ -279,6 +288,26 @@ class LoadController:
             plain_reason=[None if drafted else plain for drafted in draft_next.tolist()],
             plain_reason_new=None if draft_new else plain,
         )
+
+    def resolve(self, load: StepLoad, allocation: Allocation) -> Allocation:
+        """The blocks of the step that was allocated last are known now: learn them. → its allocation, as far as they fill it.
+
+        load: as for `allocate`, but known.
+        """
+        if self._to_learn is None:
+            return allocation
+        slots = self._sequences.slots(load.sequence_ids)
+        self._learn_blocks(load, slots, *self._to_learn)
+        self._to_learn = None
+        budget = min(allocation.budget, int(np.minimum(load.proposed, load.caps).sum()))
+        verify_s = self.cost.verify_curve(load.context_tokens, len(slots), load.draft_context)
+        rows = len(slots) + load.prefill_tokens
+        spared_s = float(verify_s[rows + allocation.budget] - verify_s[rows + budget])
+        return replace(allocation, budget=budget, predicted_step_s=allocation.predicted_step_s - spared_s)
+
+    def mean_survival(self) -> NDArray[np.float32]:
+        """[γ] float32, for a block of which nothing is known: the mean of recent ones, the likeliest drafts first."""
+        return np.diff(self._recent.expected(1, self.block_size)).astype(np.float32)
 
     def _off(self, load: StepLoad) -> Allocation:
         """Plain decoding, with a prediction of its time; blocks that are still there are not verified."""
@@ -361,9 +390,9 @@ class LoadController:
         rates = joined / (verify_s[joined] + host_s)
         return (step_s + queue_s * float(rates.max() / rates[0])) / (step_s + queue_s)
 
-    def _learn_blocks(self, load: StepLoad, slots: NDArray[np.intp], probe: bool) -> None:
+    def _learn_blocks(self, load: StepLoad, slots: NDArray[np.intp], attempted: NDArray[np.bool_], probe: bool) -> None:
         """Take the blocks drafted after the last step into the picture of recent ones."""
-        attempted = (self._sequences.attempted[slots] | (load.proposed > 0)) & ~load.free
+        attempted = (attempted | (load.proposed > 0)) & ~load.free
         if not attempted.any():
             return
         blocks = load.survival[attempted]

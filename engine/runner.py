@@ -1,14 +1,16 @@
 """One step's tensor work: target pass, acceptance, the drafter's context, the next drafts. Runs in the worker thread.
 
 The runner keeps what a step needs to know of each sequence (tokens, anchor, drafted block), so the host may plan a step
-before it has seen the last one's outcome: a plan gives bounds, and which drafts fill the budget is decided here.
+before it has seen the last one's outcome: a plan gives bounds, and which drafts fill the budget is decided here. So is who goes
+on: a sequence that ended in the step before, unknown to the host, gets no row.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from dspark.engine.models.decoder import Decoder, FlatBatch
 from dspark.engine.noise import NoiseCache
 from dspark.engine.request import TokenLogprob
 from dspark.engine.sampling import Sampler, SampleRow, SamplingState, token_logprobs
-from dspark.engine.sequence import Batch, NextDraft, Round, Sequence, StepResult
+from dspark.engine.sequence import NO_ROUND, Batch, ExpectedDraft, NextDraft, Round, Sequence, StepResult
 from dspark.engine.verification import accept_coupled, accept_rejection, target_probabilities
 
 _NO_TOKENS = np.empty(0, np.int64)
@@ -33,14 +35,16 @@ _NO_TOKENS = np.empty(0, np.int64)
 
 @dataclass(slots=True)
 class SequenceState:
-    """The runner's record of a sequence. tokens: [capacity], the first `length` are prompt and output.
+    """The runner's record of a sequence. tokens: [capacity], the first `length` are prompt and output, of at most `limit`.
 
-    failure: the grammar broke down, so the sequence has no next token.
+    failure: the grammar broke down, so the sequence has no next token. ended: that was reported, or the length limit or an
+    end-of-text token was reached. (A stop string may still end it: that is known to the host.)
     """
 
     sampling: SamplingState
     tokens: NDArray[np.int64]
     length: int
+    limit: int
     block_table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     drafts: NDArray[np.int64] = field(default_factory=lambda: _NO_TOKENS)
     survival: NDArray[np.float32] | None = None
@@ -48,6 +52,11 @@ class SequenceState:
     predicted: NDArray[np.int64] = field(default_factory=lambda: _NO_TOKENS)
     grammar: GrammarProgress | None = None
     failure: GrammarError | None = None
+    ended: bool = False
+
+    def useful_drafts(self, cap: int) -> int:
+        """Drafts of the block that may be verified. cap: at most, by the plan, for which the anchor was not known yet."""
+        return min(cap, len(self.drafts), self.limit - self.length - 1)
 
     def allowed(self, count: int) -> Items[NDArray[np.bool_] | None]:
         """What the grammar allows after each of the first 0..count drafts; None: everything."""
@@ -90,6 +99,25 @@ class SequenceState:
             except GrammarError as error:
                 self.failure = error
 
+    def end_round(self, tokens: Items[int]) -> None:
+        """A round gave these tokens, which become text unless the grammar broke down in it; its drafts are used up."""
+        if self.failure is None:
+            self.append(tokens)
+        self.drafts, self.survival, self.draft_probs = _NO_TOKENS, None, None
+        stopped = not self.sampling.stop_ids.isdisjoint(tokens)
+        self.ended = stopped or self.length >= self.limit or self.failure is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A launched step. On the CPU it has been computed, but its result is the host's business only when it is collected.
+
+    expected: by id, what is being drafted for each sequence that goes on: all that a plan may know of it until then.
+    """
+
+    result: StepResult
+    expected: dict[int, ExpectedDraft]
+
 
 class Runner:
     """Owns the target, the drafter and every sequence's state."""
@@ -113,37 +141,53 @@ class Runner:
         self._max_draft_tokens = max_draft_tokens
         self._states: dict[int, SequenceState] = {}
 
-    def run(self, batch: Batch, allocation: Allocation, calibration: CalibrationTable) -> StepResult:
-        """Run one planned step; `calibration` turns the new drafts' confidence into survival."""
+    def launch(self, batch: Batch, allocation: Allocation, calibration: CalibrationTable) -> Pending:
+        """Start a planned step; `calibration` turns the new drafts' confidence into survival."""
+        result = self._verify(batch, allocation.budget)
+        started_s = time.perf_counter()
+        chosen = self._to_draft(batch, allocation)
+        free = self._free(batch, allocation, chosen)
+        expected = dict.fromkeys((sequence.id for sequence in _sampled_sequences(batch)), ExpectedDraft(0, free=True))
+        expected |= {sequence.id: ExpectedDraft(self._longest(sequence), free=False) for sequence in chosen}
+        expected |= {sequence.id: ExpectedDraft(self._longest(sequence), free=True) for sequence in free}
+        chosen = self._going_on(chosen)
+        drafts = self._draft(chosen, self._going_on(free), allocation.draft_width, calibration)
+        result.drafts = self._undrafted(batch) | drafts
+        result.drafted = [sequence.id for sequence in chosen]
+        result.draft_width = max((self._width(sequence, allocation.draft_width) for sequence in chosen), default=0)
+        result.draft_s = time.perf_counter() - started_s
+        return Pending(result, expected)
+
+    def collect(self, pending: Pending) -> StepResult:
+        """What the step brought; waits until it is computed. Each is collected once, in the order of their launch."""
+        return pending.result
+
+    def _verify(self, batch: Batch, budget: int) -> StepResult:
+        """The target pass over what goes on, acceptance, and the drafter's context."""
         started_s = time.perf_counter()
         self._update_states(batch)
-        lengths = self._draft_lengths(batch, allocation)
+        goes_on = [not self._states[decode.sequence.id].ended for decode in batch.decodes]
+        batch = replace(batch, decodes=list(compress(batch.decodes, goes_on)))
+        result = StepResult([NO_ROUND] * len(goes_on), [], [], 0, {}, 0, 0.0, 0.0, 0.0, 0.0)
+        if not batch.sequences:
+            return result
+        lengths = self._draft_lengths(batch, budget)
         flat = self._flatten(batch, lengths)
         hidden, features = self.decoder.forward(flat, self.drafter.feature_layers)
         wanted = _sampled_rows(batch, lengths)
         hidden = hidden[torch.from_numpy(wanted)]
         logits = self.decoder.logits(hidden)
         forward_s = time.perf_counter()
-        rounds, first_rounds = self._judge(batch, lengths, logits, hidden)
+        rounds, result.first_rounds = self._judge(batch, lengths, logits, hidden)
         sample_s = time.perf_counter()
         if features is not None:
             self.drafter.observe(features, flat.positions, flat.slots)
-        inject_s = time.perf_counter()
-        chosen = self._to_draft(batch, allocation)
-        free = self._free(batch, allocation, chosen)
-        drafts = self._undrafted(batch) | self._draft(chosen, free, allocation.draft_width, calibration)
-        return StepResult(
-            rounds=rounds,
-            first_rounds=first_rounds,
-            drafted=[sequence.id for sequence in chosen],
-            draft_width=max((self._width(sequence, allocation.draft_width) for sequence in chosen), default=0),
-            drafts=drafts,
-            rows=len(flat.token_ids),
-            forward_s=forward_s - started_s,
-            sample_s=sample_s - forward_s,
-            inject_s=inject_s - sample_s,
-            draft_s=time.perf_counter() - inject_s,
-        )
+        computed = iter(rounds)
+        result.rounds = [next(computed) if alive else NO_ROUND for alive in goes_on]
+        result.rows = len(flat.token_ids)
+        result.forward_s, result.sample_s = forward_s - started_s, sample_s - forward_s
+        result.inject_s = time.perf_counter() - sample_s
+        return result
 
     def _update_states(self, batch: Batch) -> None:
         for sequence_id in batch.ended:
@@ -164,7 +208,7 @@ class Runner:
         request = sequence.record.request
         params = request.sampling
         model_stops = frozenset() if params.ignore_eos else self._stop_token_ids
-        tokens = np.array(sequence.tokens, np.int64)
+        tokens, limit = np.array(sequence.tokens, np.int64), sequence.prompt_len + sequence.max_tokens
         sampling = SamplingState(
             params,
             sequence.noise_key,
@@ -174,7 +218,8 @@ class Runner:
         )
         output = sequence.tokens[sequence.prompt_len :]
         sampling.append(output)
-        state = SequenceState(sampling, tokens, len(tokens), predicted=np.array(request.predicted_token_ids, np.int64))
+        predicted = np.array(request.predicted_token_ids, np.int64)
+        state = SequenceState(sampling, tokens, len(tokens), limit, predicted=predicted)
         if request.make_grammar is not None:
             try:
                 state.grammar = GrammarProgress(request.make_grammar, output, sampling.stop_ids, self._noise.vocab_size)
@@ -182,17 +227,17 @@ class Runner:
                 state.failure = error
         return state
 
-    def _draft_lengths(self, batch: Batch, allocation: Allocation) -> NDArray[np.int32]:
+    def _draft_lengths(self, batch: Batch, budget: int) -> NDArray[np.int32]:
         """How many drafts of each decode are verified, [decodes]."""
-        caps = np.array([decode.cap for decode in batch.decodes], np.int32)
-        if not allocation.budget or not caps.any():
+        caps = np.array([self._states[d.sequence.id].useful_drafts(d.cap) for d in batch.decodes], np.int32)
+        if not budget or not caps.any():
             return np.zeros(len(caps), np.int32)
         survival = np.zeros((len(caps), self.drafter.block_size), np.float32)
         for row, decode in zip(survival, batch.decodes, strict=True):
             known = self._states[decode.sequence.id].survival
             if known is not None:
                 row[:] = known
-        return fill_budget(survival, caps, allocation.budget)
+        return fill_budget(survival, caps, budget)
 
     def _flatten(self, batch: Batch, lengths: NDArray[np.int32]) -> FlatBatch:
         """Decodes first, then prefill chunks; K/V slots from each sequence's block table."""
@@ -244,9 +289,7 @@ class Runner:
                 accepted, bonus = self._reject(state, count, logits[block], hidden[block], rows[block])
             tokens = [*state.drafts[:accepted].tolist(), bonus]
             logprobs = self._logprobs(state, logits[block], hidden[block], tokens)
-            if state.failure is None:
-                state.append(tokens)
-            state.drafts, state.survival, state.draft_probs = _NO_TOKENS, None, None
+            state.end_round(tokens)
             self._noise.drop_before(state.sampling.noise_key, state.length)
             if state.failure is None:
                 rounds.append(Round(tokens, count, accepted, logprobs))
@@ -278,14 +321,14 @@ class Runner:
         return [token_logprobs(row, token, count) for row, token in zip(raw, tokens, strict=True)]
 
     def _to_draft(self, batch: Batch, allocation: Allocation) -> list[Sequence]:
-        """The sequences that the allocation and their requests want drafted and that go on."""
+        """The sequences that the allocation and their requests want drafted."""
         chosen = [d.sequence for d, wanted in zip(batch.decodes, allocation.draft_next, strict=True) if wanted]
         if allocation.draft_new:
             chosen += [prefill.sequence for prefill in batch.prefills if prefill.ends]
-        return [one for one in chosen if one.record.request.speculates and self._goes_on(one)]
+        return [one for one in chosen if one.record.request.speculates]
 
     def _free(self, batch: Batch, allocation: Allocation, chosen: Items[Sequence]) -> list[Sequence]:
-        """The other sequences that go on, where the allocation and the drafter have free drafts for them."""
+        """The other sequences, where the allocation and the drafter have free drafts for them."""
         if not allocation.draft_free:
             return []
         drafted = {sequence.id for sequence in chosen}
@@ -295,7 +338,6 @@ class Runner:
             if self._has_free_drafts(sequence)
             and sequence.id not in drafted
             and sequence.record.request.speculates
-            and self._goes_on(sequence)
         ]
 
     def _has_free_drafts(self, sequence: Sequence) -> bool:
@@ -372,12 +414,8 @@ class Runner:
         own = sequence.record.request.max_draft_tokens
         return self._max_draft_tokens if own is None else min(own, self._max_draft_tokens)
 
-    def _goes_on(self, sequence: Sequence) -> bool:
-        """No length limit and no end-of-text token was reached (a stop string may still end it: that is known to the host)."""
-        state = self._states[sequence.id]
-        new = state.tokens[len(sequence.tokens) : state.length].tolist()
-        within = state.length - sequence.prompt_len < sequence.max_tokens
-        return state.failure is None and within and state.sampling.stop_ids.isdisjoint(new)
+    def _going_on(self, sequences: Items[Sequence]) -> list[Sequence]:
+        return [sequence for sequence in sequences if not self._states[sequence.id].ended]
 
 
 def _sampled_sequences(batch: Batch) -> list[Sequence]:

@@ -8,19 +8,38 @@ cache. The oldest of the most urgent can always run, since a request that could 
 A step that fails is planned again from its sequences' committed tokens; until each has been in a step that succeeded nobody
 else starts (see suspects.py). Whatever it wrote lies behind what its sequences had computed, in blocks that are theirs alone:
 only full blocks of computed, committed tokens are shared. One that ran out of memory is planned again in smaller steps.
+
+A step may be planned while another is in flight. How many tokens that one gives is then known within bounds, so blocks are
+given for the most, and whoever surely ends in it is left out; what it drafted becomes known when it is committed (`_resolve`).
+Nobody is preempted meanwhile. A sequence that ends all the same, by a stop that only its commit sees, has one round too many in
+the step behind, which is dropped. Its blocks are free at once: steps are computed in the order in which they were planned, so
+whoever gets the blocks next writes after that round, which writes behind what was computed and so never to a published block.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import deque
+from collections.abc import Mapping
 
 from dspark.engine.accounting import count_round
 from dspark.engine.facts import Reason, StepFacts
 from dspark.engine.kv_cache import BLOCK_SIZE, KVCache, blocks_for
 from dspark.engine.load_controller import Allocation
 from dspark.engine.request import FinishReason, TokenDelta
-from dspark.engine.sequence import Batch, Decode, Prefill, RequestRecord, Round, Sequence, Status, StepResult
+from dspark.engine.sequence import (
+    Batch,
+    Decode,
+    ExpectedDraft,
+    NextDraft,
+    Prefill,
+    RequestRecord,
+    Round,
+    Sequence,
+    Status,
+    StepResult,
+)
 from dspark.engine.suspects import Suspects
 from dspark.engine.waiting_queue import WaitingQueue, rank
 
@@ -29,7 +48,10 @@ GOOD_STEPS = 64
 
 
 class Scheduler:
-    """One thread. `schedule` and one of `commit`, `retry`, `retry_smaller`, `fail` alternate; `add`, `abort` come between."""
+    """One thread. Each step that `schedule` plans comes to `commit`, in order, or to `retry`, `retry_smaller` or `fail`, which
+
+    take back what was planned behind it as well. `add` and `abort` come in between.
+    """
 
     def __init__(
         self, kv_cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, stop_token_ids: frozenset[int]
@@ -43,6 +65,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_tokens = max_num_batched_tokens
         self._good_steps = 0
+        self._in_flight: deque[Batch] = deque()
         self._suspects = Suspects()
         self._wiped: list[int] = []
         self._stop_token_ids = stop_token_ids
@@ -83,12 +106,17 @@ class Scheduler:
             ended = True
         return ended
 
-    def schedule(self) -> Batch | None:
-        """Plan a step; None when there is nothing to do."""
+    def schedule(self, expected: Mapping[int, ExpectedDraft]) -> Batch | None:
+        """Plan a step; None when there is nothing to do, or nothing before the oldest step in flight is committed.
+
+        expected: what the newest step in flight drafts, by sequence id.
+        """
         decodes = self._plan_anchors()
+        if decodes is None:
+            return None
         budget = self.step_tokens - len(decodes)
         prefills: list[Prefill] = []
-        for sequence in [s for s in self.running if not s.decoding]:
+        for sequence in [s for s in self.running if not s.decoding and not s.ending]:
             budget -= self._plan_prefill(sequence, budget, prefills)
         started: list[Sequence] = []
         slots = min(self._max_num_seqs, self.step_tokens)
@@ -103,13 +131,15 @@ class Scheduler:
             if not self.has_work:
                 self.waiting.forget_service()
             return None
-        planned = [self._plan_drafts(sequence) for sequence in decodes]
+        planned = [self._plan_drafts(sequence, expected.get(sequence.id)) for sequence in decodes]
         self.queue_tokens = self._queue_tokens(prefills)
         ended, self._ended = self._ended, []
         wiped, self._wiped = self._wiped, []
         batch = Batch(planned, prefills, started, ended, budget, self.queue_tokens, len(self.waiting), wiped)
-        for sequence in batch.sequences:
-            sequence.in_flight = True
+        for part in (*planned, *prefills):
+            part.sequence.in_flight.append(part)
+            part.sequence.draft = None
+        self._in_flight.append(batch)
         return batch
 
     def _next(self) -> Sequence | None:
@@ -119,12 +149,14 @@ class Scheduler:
             return next((sequence for sequence in self.waiting if sequence in trial), None)
         return self.waiting.first if self.waiting else None
 
-    def _plan_anchors(self) -> list[Sequence]:
-        """The decoding sequences, each with a block for its anchor."""
+    def _plan_anchors(self) -> list[Sequence] | None:
+        """The decoding sequences, each with a block for its anchor; None: one must give way, but a step is in flight."""
         planned = []
         for sequence in list(self.running):
-            if sequence.status is Status.RUNNING and sequence.decoding:
-                while not self._grow(sequence, sequence.computed + 1):
+            if sequence.status is Status.RUNNING and sequence.decoding and not sequence.ending:
+                while not self._grow(sequence, 0):
+                    if self._in_flight:
+                        return None
                     self._preempt(self.running[-1])
                     if sequence.status is not Status.RUNNING:
                         break
@@ -135,22 +167,34 @@ class Scheduler:
     def _plan_prefill(self, sequence: Sequence, budget: int, prefills: list[Prefill]) -> int:
         count = min(sequence.prefill_left, budget)
         if count:
-            prefills.append(Prefill(sequence, sequence.computed, count, ends=count == sequence.prefill_left))
+            prefills.append(Prefill(sequence, sequence.surely_computed, count, ends=count == sequence.prefill_left))
         return count
 
-    def _plan_drafts(self, sequence: Sequence) -> Decode:
+    def _plan_drafts(self, sequence: Sequence, expected: ExpectedDraft | None) -> Decode:
         """Cap the sequence's drafts by what it may still generate, its grammar, and the blocks that can be had."""
-        proposed = 0 if sequence.draft is None else sequence.draft.proposed
-        cap, reason = min(proposed, sequence.remaining - 1), Reason.LENGTH
-        if sequence.draft is not None and sequence.draft.legal is not None and sequence.draft.legal < cap:
-            cap, reason = sequence.draft.legal, Reason.GRAMMAR
-        if cap and not self._grow(sequence, sequence.computed + 1 + cap):
-            cap, reason = len(sequence.blocks) * BLOCK_SIZE - sequence.computed - 1, Reason.KV
-        return Decode(sequence, sequence.draft, cap, reason if cap < proposed else None)
+        cap, reason = _useful(expected or sequence.draft, sequence.remaining - sequence.coming)
+        if cap and not self._grow(sequence, cap):
+            cap, reason = len(sequence.blocks) * BLOCK_SIZE - sequence.furthest - 1, Reason.KV
+        return Decode(sequence, sequence.draft, cap, reason, expected)
 
-    def _grow(self, sequence: Sequence, positions: int) -> bool:
-        """Make the sequence's blocks cover `positions`; False, and nothing taken, when there are too few."""
-        missing = blocks_for(positions) - len(sequence.blocks)
+    def _resolve(self, batch: Batch, drafts: Mapping[int, NextDraft]) -> None:
+        """The step that the planned one is behind has ended: what it drafted takes the place of bounds."""
+        for index, bound in enumerate(batch.decodes):
+            sequence = bound.sequence
+            draft = drafts.get(sequence.id, bound.draft)
+            cap, reason = _useful(draft, sequence.remaining)
+            if bound.cap < cap:
+                cap, reason = bound.cap, Reason.KV
+            batch.decodes[index] = sequence.in_flight[0] = Decode(sequence, draft, cap, reason)
+            sequence.draft = None
+
+    def _grow(self, sequence: Sequence, drafts: int) -> bool:
+        """Make the sequence's blocks cover its anchor and so many drafts, wherever the steps in flight leave the anchor; False,
+
+        and nothing taken, when there are too few.
+        """
+        last = sequence.prompt_len + sequence.max_tokens - 1  # nothing follows the last token, so it is not computed
+        missing = blocks_for(min(sequence.furthest + 1 + drafts, last)) - len(sequence.blocks)
         if missing > 0:
             blocks = self.kv_cache.allocate(missing)
             if blocks is None:
@@ -215,12 +259,16 @@ class Scheduler:
         sequence.record.facts.preemptions += 1
 
     def commit(self, batch: Batch, allocation: Allocation, result: StepResult, facts: StepFacts) -> list[RequestRecord]:
-        """Take in a step's result and count it; returns the requests that have something to deliver."""
+        """Take in the oldest step's result and count it; returns the requests that have something to deliver."""
         touched: dict[int, RequestRecord] = {}
+        for sequence in batch.sequences:
+            sequence.in_flight.popleft()
         for prefill in batch.prefills:
             prefill.sequence.computed += prefill.count
             facts.prompt_computed += prefill.count
         for decode, cut, round_ in zip(batch.decodes, allocation.reason, result.rounds, strict=True):
+            if decode.sequence.status is not Status.RUNNING:
+                continue  # it ended in the step before: this round was one too many
             decode.sequence.computed += 1 + round_.accepted
             if not decode.sequence.record.aborted:
                 kept = self._append(decode.sequence, round_)
@@ -237,8 +285,6 @@ class Scheduler:
                 facts.generated += kept
                 touched[id(sequence.record)] = sequence.record
         for sequence in batch.sequences:
-            sequence.in_flight = False
-            sequence.draft = None
             if sequence.status is Status.RUNNING:
                 self._publish(sequence)
                 self._settle(sequence, result)
@@ -247,36 +293,39 @@ class Scheduler:
                 self._end(record)
         for sequence in endings:
             self._start_siblings(sequence)
+        self._in_flight.popleft()
+        if self._in_flight:
+            self._resolve(self._in_flight[0], result.drafts)
         self._count_memory(facts)
         self._grow_steps()
         return list(touched.values())
 
     def retry_smaller(self, batch: Batch) -> bool:
-        """The step ran out of memory: plan its work again, half as much at a time. False: it was one row already."""
+        """The oldest step ran out of memory: plan its work again, half as much at a time. False: it was one row already."""
         rows = len(batch.decodes) + batch.prefill_rows + sum(decode.cap for decode in batch.decodes)
         rows = min(rows, self.step_tokens)
         if rows <= 1:
             return False
         self.step_tokens, self._good_steps = rows // 2, 0
-        self._start_again(batch, list(self.running))
+        self._start_again(list(self.running))
         return True
 
     def retry(self, batch: Batch) -> RequestRecord | None:
-        """The step failed: plan its work again. → the request that it failed for, which is ended, once that is known.
+        """The oldest step failed: plan again what is in flight. → the request that it failed for, which is ended, once that is
 
-        Raises AssertionError when the pool is not whole.
+        known. Raises AssertionError when the pool is not whole.
         """
         guilty = self._suspects.accuse([s for s in batch.sequences if s.status is Status.RUNNING])
-        self._start_again(batch, batch.sequences)
+        self._start_again(self._flying())
         if guilty is not None:
             self._end(guilty.record)
         self.kv_cache.check([sequence.blocks for sequence in self.running])
         return None if guilty is None else guilty.record
 
-    def fail(self, batch: Batch) -> list[RequestRecord]:
-        """End the requests that were in the step, and check the pool; returns them. Raises AssertionError."""
-        self._take_back(batch)
-        records = list(dict.fromkeys(sequence.record for sequence in batch.sequences))
+    def fail(self) -> list[RequestRecord]:
+        """End the requests that are in flight, and check the pool; returns them. Raises AssertionError."""
+        records = list(dict.fromkeys(sequence.record for sequence in self._flying()))
+        self._take_back()
         for record in records:
             for sequence in record.sequences:
                 self._wiped += self.kv_cache.unnamed(sequence.blocks)
@@ -285,9 +334,13 @@ class Scheduler:
         self.kv_cache.check([sequence.blocks for sequence in self.running])
         return records
 
-    def _start_again(self, batch: Batch, sequences: list[Sequence]) -> None:
+    def _flying(self) -> list[Sequence]:
+        """The sequences in flight, some of them twice; also those that have ended and are in one step too many."""
+        return [sequence for batch in self._in_flight for sequence in batch.sequences]
+
+    def _start_again(self, sequences: list[Sequence]) -> None:
         """Send these back to the queue, most of their blocks to the prefix cache."""
-        self._take_back(batch)
+        self._take_back()
         for sequence in sequences:
             if sequence.status is Status.RUNNING:
                 self._wiped += self.kv_cache.unnamed(sequence.blocks)
@@ -297,13 +350,14 @@ class Scheduler:
                 else:
                     self._preempt(sequence)
 
-    def _take_back(self, batch: Batch) -> None:
-        """The runner may have seen all of the plan or nothing of it."""
-        self._ended += batch.ended
-        self._wiped += batch.wiped
-        for sequence in batch.sequences:
-            sequence.in_flight = False
-            sequence.draft = None
+    def _take_back(self) -> None:
+        """Nothing is in flight any more. The runner may have seen all of the plans or nothing of them."""
+        for sequence in self._flying():
+            sequence.in_flight.clear()
+        for batch in self._in_flight:
+            self._ended += batch.ended
+            self._wiped += batch.wiped + self.kv_cache.unnamed(batch.left)
+        self._in_flight.clear()
 
     def _grow_steps(self) -> None:
         if self.step_tokens < self._max_tokens:
@@ -370,9 +424,12 @@ class Scheduler:
             self._finish(sequence, sequence.finish_reason)
         else:
             sequence.draft = result.drafts.get(sequence.id)
+            sequence.survival = None if sequence.draft is None else sequence.draft.survival
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.status is Status.RUNNING:
+            if sequence.in_flight:
+                self._in_flight[-1].left += sequence.blocks
             self.kv_cache.release(sequence.blocks)
             sequence.blocks = []
             self.running.remove(sequence)
@@ -399,3 +456,15 @@ class Scheduler:
         facts.freed_after_cancel, self._cancelled = self._cancelled, 0
         facts.evicted_blocks = self.kv_cache.evicted_total - self._evicted_before
         self._evicted_before = self.kv_cache.evicted_total
+
+
+def _useful(draft: NextDraft | ExpectedDraft | None, remaining: int) -> tuple[int, Reason | None]:
+    """(drafts of the block that are of use, what bounds them below proposed). remaining: tokens that may still be generated."""
+    if draft is None:
+        return 0, None
+    cap, reason = draft.proposed, None
+    if remaining - 1 < cap:
+        cap, reason = max(0, remaining - 1), Reason.LENGTH
+    if isinstance(draft, NextDraft) and draft.legal is not None and draft.legal < cap:
+        cap, reason = draft.legal, Reason.GRAMMAR
+    return cap, reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -38,6 +39,17 @@ class NextDraft:
     legal: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectedDraft:
+    """A block that a step in flight drafts, while the step that verifies it is planned.
+
+    proposed: tokens that it may have.  free: see `NextDraft`.
+    """
+
+    proposed: int
+    free: bool
+
+
 @dataclass(slots=True, eq=False)
 class RequestRecord:
     """One request: its n sequences, its facts, and the deltas not yet delivered."""
@@ -60,10 +72,12 @@ class RequestRecord:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one request. Only the scheduler writes to it, between steps.
+    """One choice of one request. Only the scheduler writes to it, never while a step is launched.
 
     tokens: prompt and output. computed: positions whose K/V are in `blocks`; while decoding, the token beyond is the anchor.
-    names: of the full blocks of `tokens`, as far as known. draft: for the next round.
+    Both are as of the last commit; what the steps in flight add is known only within bounds, which `in_flight` gives.
+    names: of the full blocks of `tokens`, as far as known. in_flight: its part in each step in flight, the oldest first.
+    draft: for the next round, if that is not planned yet. survival: of the newest block that the host knows, if there is one.
     """
 
     id: int  # ascending in order of arrival
@@ -81,8 +95,9 @@ class Sequence:
     names: list[bytes] = field(default_factory=list)
     published: int = 0
     finish_reason: FinishReason | None = None
-    in_flight: bool = False
+    in_flight: deque[Decode | Prefill] = field(default_factory=deque)
     draft: NextDraft | None = None
+    survival: NDArray[np.float32] | None = None
     plain_reason: PlainReason | None = None  # why nothing is drafted for the next round
 
     @property
@@ -94,14 +109,35 @@ class Sequence:
         return self.max_tokens - self.generated
 
     @property
+    def coming(self) -> int:
+        """Tokens that the steps in flight give at least, unless it ends in them: one a round."""
+        return sum(part.ends for part in self.in_flight)
+
+    @property
+    def surely_computed(self) -> int:
+        """`computed` after the steps in flight, at least; exactly, while its prompt is computed."""
+        return self.computed + sum(part.count for part in self.in_flight)
+
+    @property
+    def furthest(self) -> int:
+        """`computed` after the steps in flight, at most: all of their drafts may be accepted."""
+        return self.surely_computed + sum(part.cap for part in self.in_flight if isinstance(part, Decode))
+
+    @property
+    def ending(self) -> bool:
+        """The steps in flight give its last token, or it is known to be wanted no more."""
+        return bool(self.in_flight) and (self.record.aborted or self.coming >= self.remaining)
+
+    @property
     def decoding(self) -> bool:
-        """All but the anchor are computed, and the anchor is an output token."""
-        return self.computed == len(self.tokens) - 1 and self.generated > 0
+        """After the steps in flight all but the anchor are computed, and the anchor is an output token."""
+        sampled = self.generated + self.coming
+        return sampled > 0 and self.surely_computed == self.prompt_len + sampled - 1
 
     @property
     def prefill_left(self) -> int:
-        """Tokens still to be computed before the next one can be sampled; 0 while decoding."""
-        return 0 if self.decoding else len(self.tokens) - self.computed
+        """Tokens to be computed after the steps in flight before the next one can be sampled; 0 while decoding."""
+        return 0 if self.decoding else len(self.tokens) - self.surely_computed
 
     def extend_names(self, full_blocks: int) -> None:
         """Name the first `full_blocks` blocks of `tokens`."""
@@ -113,16 +149,31 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One round: the anchor and at most `cap` of the block's drafts. `cap_reason`: what bounds cap below proposed."""
+    """One round: the anchor and at most `cap` of the block's drafts. `cap_reason`: what bounds cap below proposed.
+
+    expected: in place of `draft` while a step in flight drafts it; `cap` and `proposed` are then upper bounds.
+    """
 
     sequence: Sequence
     draft: NextDraft | None
     cap: int
     cap_reason: Reason | None
+    expected: ExpectedDraft | None = None
 
     @property
     def proposed(self) -> int:
-        return 0 if self.draft is None else self.draft.proposed
+        block = self.expected or self.draft
+        return 0 if block is None else block.proposed
+
+    @property
+    def count(self) -> int:
+        """Positions that it surely computes, as of a prefill."""
+        return 1
+
+    @property
+    def ends(self) -> bool:
+        """A token is sampled, as where a prefill ends."""
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +203,9 @@ class Batch:
     waiting_sequences: int
     wiped: list[int] = field(default_factory=list)
     """Blocks that a failed step may have left anything in: cleared first, since a masked position takes part as 0 · value."""
+    left: list[int] = field(default_factory=list)
+    """Blocks of its sequences that ended while it was in flight. It may still write to them: what they are given to next is
+    computed behind it."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -180,6 +234,10 @@ class Round:
     accepted: int
     logprobs: list[TokenLogprob] | None
     failure: GrammarError | None = None
+
+
+NO_ROUND = Round([], 0, 0, None)
+"""Of a sequence that had ended in the step before, as the runner knew: nothing was computed."""
 
 
 @dataclass(slots=True)

@@ -59,6 +59,10 @@ def check_config(config: EngineConfig) -> None:
     for field in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
         if getattr(config, field) < 1:
             raise ConfigError(field, f"{getattr(config, field)} must be at least 1")
+    if config.lag not in (0, 1):
+        raise ConfigError(
+            "lag", f"{config.lag} must be 0 or 1, steps that are unfinished while the next one is planned"
+        )
     if config.stall_timeout_s <= 0:
         raise ConfigError("stall_timeout", f"{config.stall_timeout_s:g} must be above 0 seconds")
     if config.max_num_batched_tokens < config.max_num_seqs:
@@ -139,6 +143,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
         row_invariant=row_invariant,
         load_seconds=clock.phases,
         verification=config.verification,
+        lag=config.lag,
     )
     runner = Runner(decoder, drafter, noise, stop_ids, config.verification, most)
     controller = LoadController(config.speculation, drafter.block_size, cost, calibration)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from dspark.engine.facts import Phase, StepFacts
-from dspark.engine.load_controller import Allocation, StepLoad, StepOutcome
-from dspark.engine.sequence import Batch, StepResult
+from dspark.engine.load_controller import Allocation, LoadController, StepLoad, StepOutcome
+from dspark.engine.sequence import NO_ROUND, Batch, StepResult
 
 
-def step_load(batch: Batch, block_size: int) -> StepLoad:
-    """What the step could do, with `block_size` γ."""
-    survival = np.zeros((len(batch.decodes), block_size), np.float32)
+def step_load(batch: Batch, controller: LoadController) -> StepLoad:
+    """What the step could do. In place of a block that is still being drafted stands the sequence's last one, or a mean one."""
+    survival = np.zeros((len(batch.decodes), controller.block_size), np.float32)
     for row, decode in zip(survival, batch.decodes, strict=True):
         if decode.draft is not None:
             row[:] = decode.draft.survival
-    free = [decode.draft is not None and decode.draft.free for decode in batch.decodes]
+        elif decode.expected is not None and decode.expected.proposed:
+            last = decode.sequence.survival
+            row[:] = controller.mean_survival() if last is None else last
+    blocks = [decode.expected or decode.draft for decode in batch.decodes]
+    free = [block is not None and block.free for block in blocks]
     source = [0 if decode.draft is None else decode.draft.source for decode in batch.decodes]
     computing = len(batch.prefills)
     return StepLoad(
@@ -32,11 +36,12 @@ def step_load(batch: Batch, block_size: int) -> StepLoad:
         queue_tokens=batch.queue_tokens,
         waiting_requests=batch.waiting_sequences + computing,
         draft_context=float(np.mean([d.sequence.computed for d in batch.decodes])) if batch.decodes else 0.0,
+        known=all(decode.expected is None for decode in batch.decodes),
     )
 
 
 def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float) -> StepOutcome:
-    """What the step did, as the controller learns from it. step_s: from planning to commit."""
+    """What the step did, as the controller learns from it. step_s: what it added to the time that all steps take."""
     confidence = np.zeros_like(load.survival)
     for row, decode in zip(confidence, batch.decodes, strict=True):
         if decode.draft is not None:
@@ -49,7 +54,7 @@ def step_outcome(batch: Batch, load: StepLoad, result: StepResult, step_s: float
         drafting_sequences=len(result.drafted),
         draft_width=result.draft_width,
         draft_s=result.draft_s,
-        host_s=step_s - result.worker_s,
+        host_s=max(0.0, step_s - result.worker_s),
         sequence_ids=load.sequence_ids,
         survival=load.survival,
         confidence=confidence,
@@ -71,7 +76,7 @@ def describe_step(facts: StepFacts, batch: Batch, allocation: Allocation, result
     if batch.prefills:
         facts.phase = Phase.MIXED if batch.decodes else Phase.PREFILL
     facts.batch_tokens = result.rows
-    facts.batch_sequences = len(batch.decodes) + len(batch.prefills)
+    facts.batch_sequences = len(batch.decodes) + len(batch.prefills) - result.rounds.count(NO_ROUND)
     facts.verify_s = result.forward_s + result.sample_s
     facts.sample_s = result.sample_s
     facts.draft_s = result.inject_s + result.draft_s

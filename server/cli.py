@@ -323,6 +323,14 @@ def _add_batching_arguments(group: Any) -> None:
         help="With work to do and no step ended for so long, /health/live turns 503 (default: 60).",
     )
     group.add_argument(
+        "--lag",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="Steps that may be unfinished while the next one is planned. 1 keeps a device from waiting for the host; on a "
+        "CPU it gains nothing and is for tests (default: 0).",
+    )
+    group.add_argument(
         "--kv-cache-memory",
         type=_size,
         metavar="SIZE",
@@ -541,6 +549,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         max_queued_requests=options.max_queued_requests,
         max_queued_tokens=options.max_queued_tokens,
         stall_timeout_s=options.stall_timeout,
+        lag=options.lag,
         num_speculative_tokens=options.num_speculative_tokens,
         speculation=options.speculation,
         verification=options.verification,

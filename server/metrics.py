@@ -539,6 +539,7 @@ class Metrics:
             "max_model_len": str(info.max_model_len),
             "max_draft_tokens": str(info.max_draft_tokens),
             "row_invariant": str(info.row_invariant).lower(),
+            "lag": str(info.lag),
         }
         Gauge(PREFIX + "engine_info", "What was started.", list(engine), registry=self.registry).labels(**engine).set(1)
         loads = families.gauges("model_load_seconds", "Time of each start phase.", phase=info.load_seconds)

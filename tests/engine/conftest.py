@@ -69,8 +69,14 @@ def _config_of(target: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)], ids=["lag0", "lag1"])
+def lag(request: pytest.FixtureRequest) -> int:
+    """Of the engines that tests start: every test is to pass with both. test_lag.py has the hardest of lag 1 for every day."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def open_engine(tiny_target: Path, engine_cache: Path) -> Iterator[OpenEngine]:
+def open_engine(tiny_target: Path, engine_cache: Path, lag: int) -> Iterator[OpenEngine]:
     """Starts an engine for the module: open_engine(drafter=..., controller=..., **EngineConfig fields).
 
     num_blocks: of the pool, in place of kv_cache_bytes. At the end every pool must be whole.
@@ -88,6 +94,7 @@ def open_engine(tiny_target: Path, engine_cache: Path) -> Iterator[OpenEngine]:
                 "max_num_batched_tokens": 256,
                 "max_queued_requests": 1000,
                 "cache_dir": engine_cache,
+                "lag": lag,
             } | options
             if num_blocks is not None:
                 fields["kv_cache_bytes"] = num_blocks * BLOCK_BYTES[fields["dtype"]]

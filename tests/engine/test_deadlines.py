@@ -29,13 +29,13 @@ def engine(open_engine: OpenEngine) -> RunningEngine:
 def held(engine: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Every step waits in the worker until this is set."""
     gate = threading.Event()
-    run = engine.parts.runner.run
+    launch = engine.parts.runner.launch
 
-    def run_when_let(*args: Any) -> Any:
+    def launch_when_let(*args: Any) -> Any:
         gate.wait(60)
-        return run(*args)
+        return launch(*args)
 
-    monkeypatch.setattr(engine.parts.runner, "run", run_when_let)
+    monkeypatch.setattr(engine.parts.runner, "launch", launch_when_let)
     yield gate
     gate.set()
 
@@ -76,13 +76,13 @@ def test_a_waiting_request_whose_deadline_passes_is_never_computed(
 def test_a_running_request_ends_at_its_deadline_and_is_freed(
     engine: RunningEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = engine.parts.runner.run
+    launch = engine.parts.runner.launch
 
-    def slow_run(*args: Any) -> Any:
+    def launch_slowly(*args: Any) -> Any:
         time.sleep(0.02)  # at 8 tokens a step at most, all 400 would take five times the deadline
-        return run(*args)
+        return launch(*args)
 
-    monkeypatch.setattr(engine.parts.runner, "run", slow_run)
+    monkeypatch.setattr(engine.parts.runner, "launch", launch_slowly)
 
     async def run_out() -> RequestStream:
         stream = engine.engine.submit(replace(LONG, **due(SOON_S)))

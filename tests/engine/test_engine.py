@@ -273,6 +273,7 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("max_queued_requests", {"max_queued_requests": 0}, ["0", "at least 1"]),
     ("max_queued_tokens", {"max_queued_tokens": 0}, ["0", "at least 1"]),
     ("stall_timeout", {"stall_timeout_s": 0.0}, ["0", "above 0"]),
+    ("lag", {"lag": 2}, ["2", "0 or 1"]),
     ("max_model_len", {"max_model_len": 0}, ["0", "2..512"]),
     ("max_model_len", {"max_model_len": 513}, ["513", "2..512"]),
     ("kv_cache_memory", {"kv_cache_bytes": 100}, ["100 bytes", "at least 2"]),

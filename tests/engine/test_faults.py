@@ -12,49 +12,11 @@ import numpy as np
 import pytest
 import torch
 from fakes import OpenEngine, RunningEngine, read
-from torch import Tensor
+from faults import FaultyDecoder, at, with_faults
 
 from dspark.engine import EngineFailedError, Request, SamplingParams, StepFacts
-from dspark.engine.kv_cache import BLOCK_SIZE
 from dspark.engine.loop import MOST_FAILURES
-from dspark.engine.models.decoder import Decoder, FlatBatch
 from dspark.engine.sequence import Batch
-
-Fault = Callable[[int, int], Exception | None]
-"""(number of the pass, its rows) -> what it raises."""
-
-
-class FaultyDecoder:
-    """The real one, but a pass that raises has first made garbage of all that it was to write."""
-
-    def __init__(self, decoder: Decoder, fault: Fault) -> None:
-        self.fault = fault
-        self.passes = 0
-        self._decoder = decoder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
-
-    def forward(self, batch: FlatBatch, feature_layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
-        self.passes += 1
-        error = self.fault(self.passes, len(batch.token_ids))
-        if error is None:
-            return self._decoder.forward(batch, feature_layers)
-        blocks, offsets = torch.from_numpy(batch.slots // BLOCK_SIZE), torch.from_numpy(batch.slots % BLOCK_SIZE)
-        for k_cache, v_cache in zip(self._decoder._k_caches, self._decoder._v_caches, strict=True):
-            k_cache[blocks, :, :, offsets] = torch.nan
-            v_cache[blocks, :, offsets] = torch.nan
-        raise error
-
-
-def with_faults(engine: RunningEngine, fault: Fault) -> FaultyDecoder:
-    faulty = FaultyDecoder(engine.parts.runner.decoder, fault)
-    engine.parts.runner.decoder = faulty  # type: ignore[assignment]
-    return faulty
-
-
-def at(*passes: int) -> Fault:
-    return lambda number, rows: ArithmeticError("a pass is broken") if number in passes else None
 
 
 def requests(count: int, **sampling: Any) -> list[Request]:
@@ -90,7 +52,7 @@ def outcomes(engine: RunningEngine, asked: Sequence[Request]) -> list[list[int] 
 
 @pytest.fixture(scope="module")
 def healthy(open_engine: OpenEngine) -> RunningEngine:
-    return open_engine(drafter="lookup", speculation="off")
+    return open_engine(drafter="lookup", speculation="off", lag=0)
 
 
 DRAFTERS = ["lookup", "draft_checkpoint", "eagle3_checkpoint", "draft_model"]
@@ -119,14 +81,14 @@ def test_the_request_that_no_step_survives_ends_with_an_error_and_no_other_does(
     asked = requests(12)
     expected = answers(healthy, asked)
     poison = 7
-    works = engine.parts.runner.run
+    works = engine.parts.runner.launch
 
-    def run(batch: Batch, *args: Any) -> Any:
+    def launch(batch: Batch, *args: Any) -> Any:
         if any(s.record.request is asked[poison] and s.generated > 5 for s in batch.sequences):
             raise ArithmeticError("this one cannot be computed")
         return works(batch, *args)
 
-    monkeypatch.setattr(engine.parts.runner, "run", run)
+    monkeypatch.setattr(engine.parts.runner, "launch", launch)
     got = outcomes(engine, asked)
     failed = got.pop(poison)
     assert isinstance(failed, EngineFailedError)

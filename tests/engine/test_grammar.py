@@ -61,7 +61,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def plain(open_engine: OpenEngine, languages: list[Automaton], dtype: str) -> list[Answer]:
     """The answers of plain decoding, each request alone."""
-    return open_engine(dtype=dtype, speculation="off").answer_one_at_a_time(grammar_requests(languages))
+    return open_engine(dtype=dtype, speculation="off", lag=0).answer_one_at_a_time(grammar_requests(languages))
 
 
 def test_every_text_obeys_its_grammar(plain: list[Answer], languages: list[Automaton]) -> None:

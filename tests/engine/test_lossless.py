@@ -56,7 +56,7 @@ class Reference:
 @pytest.fixture(scope="module", params=DTYPES)
 def reference(request: pytest.FixtureRequest, open_engine: OpenEngine) -> Reference:
     requests = random_requests(200, VOCAB_SIZE, EOS_TOKEN_ID)
-    plain = open_engine(dtype=request.param, speculation="off")
+    plain = open_engine(dtype=request.param, speculation="off", lag=0)
     return Reference(request.param, requests, plain.answer_one_at_a_time(requests))
 
 

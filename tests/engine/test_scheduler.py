@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import numpy as np
@@ -14,18 +15,29 @@ from scheduler_harness import EOS, GAMMA, Harness, Plan
 from dspark.engine import FinishReason, Reason, SamplingParams
 from dspark.engine.kv_cache import BLOCK_SIZE
 from dspark.engine.scheduler import GOOD_STEPS
-from dspark.engine.sequence import Batch, NextDraft, Round, Status
+from dspark.engine.sequence import NO_ROUND, Batch, ExpectedDraft, NextDraft, Round, Status
+
+
+def stop_on_three(token_ids: Items[int]) -> int | None:
+    """A stop that the scheduler sees and the runner does not."""
+    return token_ids.index(3) + 1 if 3 in token_ids else None
 
 
 class RandomHistory(RuleBasedStateMachine):
-    """Prompts repeat, so that the prefix cache matters; a step can be caught between schedule and commit."""
+    """Prompts repeat, so that the prefix cache matters; steps can be caught between schedule and commit."""
+
+    lag = 0
 
     @initialize(
-        num_blocks=st.integers(3, 16), max_num_seqs=st.integers(1, 5), spare=st.integers(0, 30), seed=st.integers(0, 99)
+        num_blocks=st.integers(3, 16),
+        max_num_seqs=st.integers(1, 5),
+        spare=st.integers(0, 30),
+        seed=st.integers(0, 99),
+        eos_rate=st.sampled_from([0.0, 0.0, 0.1]),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, spare: int, seed: int) -> None:
-        self.harness = Harness(num_blocks, max_num_seqs, max_num_seqs + spare, seed)
-        self.in_flight: Plan | None = None
+    def start(self, num_blocks: int, max_num_seqs: int, spare: int, seed: int, eos_rate: float) -> None:
+        self.harness = Harness(num_blocks, max_num_seqs, max_num_seqs + spare, seed, eos_rate=eos_rate, lag=self.lag)
+        self.in_flight = self.harness.in_flight
 
     @rule(
         length=st.integers(1, 60),
@@ -34,46 +46,44 @@ class RandomHistory(RuleBasedStateMachine):
         kind=st.integers(1, 2),
         priority=st.sampled_from([0, 0, -1, 1]),
         tenant=st.sampled_from([b"", b"a"]),
+        stops=st.booleans(),
     )
-    def add(self, length: int, max_tokens: int, n: int, kind: int, priority: int, tenant: bytes) -> None:
+    def add(self, length: int, max_tokens: int, n: int, kind: int, priority: int, tenant: bytes, stops: bool) -> None:
         room = self.harness.num_blocks * BLOCK_SIZE
         length = min(length, room - 1)
-        self.harness.add([kind] * length, min(max_tokens, room - length), n, priority=priority, tenant=tenant)
+        stop_check = stop_on_three if stops else None
+        self.harness.add([kind] * length, min(max_tokens, room - length), n, None, priority, tenant, stop_check)
 
     @rule(count=st.integers(1, 8))
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: len(self.in_flight) <= self.lag)
     def step(self, count: int) -> None:
         for _ in range(count):
             self.harness.step()
 
     @rule()
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: len(self.in_flight) <= self.lag)
     def schedule(self) -> None:
-        self.in_flight = self.harness.plan()
+        self.harness.plan()
 
     @rule()
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: self.in_flight)
     def commit(self) -> None:
-        assert self.in_flight is not None
-        self.harness.commit(self.in_flight)
-        self.in_flight = None
+        self.harness.commit(self.in_flight[0])
 
     @rule(how=st.sampled_from(["in the runner", "out of memory", "in commit"]))
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: self.in_flight)
     def fail(self, how: str) -> None:
-        assert self.in_flight is not None
         if how == "in commit":
-            self.harness.fail(self.in_flight)
-        elif how == "in the runner" or not self.harness.run_out_of_memory(self.in_flight):
-            self.harness.fail_in_runner(self.in_flight)
-        self.in_flight = None
+            self.harness.fail(self.in_flight[0])
+        elif how == "in the runner" or not self.harness.run_out_of_memory(self.in_flight[0]):
+            self.harness.fail_in_runner(self.in_flight[0])
 
     @rule(which=st.integers(0, 1000))
     @precondition(lambda self: self.harness.records)
     def abort(self, which: int) -> None:
         record = self.harness.records[which % len(self.harness.records)]
         self.harness.scheduler.abort(record)
-        if self.in_flight is None:
+        if not self.in_flight:
             assert record.finished
 
     @invariant()
@@ -83,18 +93,31 @@ class RandomHistory(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
-            if self.in_flight is not None:
-                self.harness.commit(self.in_flight)
+            while self.in_flight:
+                self.harness.commit(self.in_flight[0])
             self.harness.finish()
+
+
+class RandomHistoryAhead(RandomHistory):
+    """Steps are planned before the last one is committed."""
+
+    lag = 1
 
 
 TestRandomHistory = RandomHistory.TestCase
 TestRandomHistory.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestRandomHistoryAhead = RandomHistoryAhead.TestCase
+TestRandomHistoryAhead.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.slow
 class TestManyRandomHistories(RandomHistory.TestCase):
     settings = settings(max_examples=500, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+class TestManyRandomHistoriesAhead(RandomHistoryAhead.TestCase):
+    settings = settings(max_examples=600, stateful_step_count=60, deadline=None)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -257,6 +280,198 @@ def test_finish_reasons_and_the_token_that_stops_are_delivered() -> None:
         (EOS, FinishReason.STOP),
         (EOS, FinishReason.LENGTH),
     ]
+
+
+# Planned ahead: while the step before is in flight
+
+
+def plan_ahead(harness: Harness, tokens: list[int] | None = None, proposed: int = GAMMA) -> Plan:
+    """A step that stays in flight, and drafts for everybody. tokens: as for `run`; known to nobody before the commit."""
+    plan = harness.plan()
+    assert plan is not None
+    if tokens is not None:
+        verified = len(tokens) - 1
+        plan.result.rounds = [
+            NO_ROUND if round_ is NO_ROUND else Round(tokens, verified, verified, None) for round_ in plan.result.rounds
+        ]
+    survival = np.where(np.arange(GAMMA) < proposed, np.float32(0.5), np.float32(0.0))
+    plan.expected = {s.id: ExpectedDraft(GAMMA, free=False) for s in plan.batch.sequences}
+    plan.result.drafts = {
+        s.id: NextDraft(proposed, np.zeros(GAMMA, np.float32), survival) for s in plan.batch.sequences
+    }
+    return plan
+
+
+def test_a_plan_ahead_has_blocks_for_all_that_may_be_accepted_before_it() -> None:
+    harness = Harness(num_blocks=20, max_num_batched_tokens=64)
+    (sequence,) = harness.add([1] * 22, max_tokens=40).sequences
+    run(harness, proposed=GAMMA)
+    plan_ahead(harness, tokens=[2])
+    assert len(sequence.blocks) * BLOCK_SIZE == 32
+    (decode,) = plan_ahead(harness, tokens=[2, 2]).batch.decodes
+    assert (sequence.computed, sequence.surely_computed, sequence.furthest) == (22, 24, 32)
+    assert (decode.draft, decode.proposed, decode.cap) == (None, GAMMA, GAMMA)
+    assert len(sequence.blocks) * BLOCK_SIZE == 32
+    # the first gave one token: the second starts 4 positions earlier than it might have
+    harness.commit(harness.in_flight[0])
+    assert (sequence.computed, sequence.surely_computed, sequence.furthest) == (23, 24, 28)
+    harness.commit(harness.in_flight[0])
+    assert (sequence.computed, len(sequence.tokens)) == (25, 26)
+
+
+def test_what_the_step_before_drafted_takes_the_place_of_bounds_when_it_is_committed() -> None:
+    harness = Harness(num_blocks=20, max_num_batched_tokens=64)
+    harness.add([1] * 4, max_tokens=11)
+    run(harness, proposed=GAMMA)
+    plan_ahead(harness, tokens=[2, 2, 2, 2, 2], proposed=GAMMA)
+    behind = plan_ahead(harness, tokens=[2, 2])
+    (bound,) = behind.batch.decodes
+    assert (bound.cap, bound.cap_reason) == (GAMMA, None), "9 tokens are left after the one that is sure"
+    harness.commit(harness.in_flight[0])
+    (known,) = behind.batch.decodes
+    assert known.draft is not None
+    assert (known.cap, known.cap_reason) == (GAMMA, None), "5 tokens are left"
+    last = plan_ahead(harness, tokens=[2, 2])
+    harness.commit(harness.in_flight[0])
+    (known,) = last.batch.decodes
+    assert (known.proposed, known.cap, known.cap_reason) == (GAMMA, 2, Reason.LENGTH), "3 are left"
+
+
+def test_blocks_that_could_not_be_had_for_what_may_be_shorten_what_is() -> None:
+    harness = Harness(num_blocks=2, max_num_batched_tokens=64)
+    harness.add([1] * 21, max_tokens=11)
+    run(harness, proposed=GAMMA)
+    plan_ahead(harness, tokens=[2])
+    other = harness.add([2], max_tokens=1)
+    behind = plan_ahead(harness, tokens=[2])
+    assert other.sequences[0].status is Status.WAITING
+    assert [(d.cap, d.cap_reason) for d in behind.batch.decodes] == [(GAMMA, None)], (
+        "no position behind the last is asked for"
+    )
+    wide = Harness(num_blocks=3, max_num_batched_tokens=64)
+    for kind in (1, 2):
+        wide.add([kind] * 11, max_tokens=20)
+    run(wide, proposed=GAMMA)
+    plan_ahead(wide, tokens=[2])
+    # 16 positions are sure to suffice for both; there is one more block, for the first
+    behind = plan_ahead(wide, tokens=[2])
+    assert [(d.cap, d.cap_reason) for d in behind.batch.decodes] == [(GAMMA, None), (0, Reason.KV)]
+    wide.commit(wide.in_flight[0])
+    assert [(d.proposed, d.cap, d.cap_reason) for d in behind.batch.decodes] == [
+        (GAMMA, GAMMA, None),
+        (GAMMA, 0, Reason.KV),
+    ]
+    wide.finish()
+
+
+def test_who_surely_ends_in_the_step_in_flight_is_not_in_the_next() -> None:
+    harness = Harness(num_blocks=20, max_num_batched_tokens=64)
+    two, three = harness.add([1] * 4, max_tokens=2), harness.add([2] * 4, max_tokens=3)
+    run(harness)
+    plan_ahead(harness, tokens=[2])
+    assert [d.sequence.record for d in plan_ahead(harness, tokens=[2]).batch.decodes] == [three]
+    assert harness.plan() is None, "and nothing is left to plan"
+    for _ in range(2):
+        harness.commit(harness.in_flight[0])
+    assert (two.finished, three.finished) == (True, True)
+
+
+def test_nobody_gives_way_while_a_step_is_in_flight() -> None:
+    harness = Harness(num_blocks=3, max_num_batched_tokens=64)
+    old, new = (harness.add([kind] * 14, max_tokens=18) for kind in (1, 2))
+    run(harness)
+    while (plan := harness.plan()) is not None:
+        if len(harness.in_flight) == 2:
+            harness.commit(harness.in_flight[0])
+    assert (len(harness.in_flight), old.facts.preemptions, new.facts.preemptions) == (1, 0, 0)
+    harness.commit(harness.in_flight[0])
+    plan = harness.plan()
+    assert plan is not None
+    assert (old.facts.preemptions, new.facts.preemptions) == (0, 1)
+    assert [sequence.record for sequence in plan.batch.sequences] == [old]
+
+
+def test_a_stop_that_only_the_commit_sees_costs_one_round_that_is_dropped_and_frees_the_blocks_at_once() -> None:
+    harness = Harness(num_blocks=3, max_num_seqs=2, max_num_batched_tokens=64)
+    stopped = harness.add([1] * 20, max_tokens=20, stop_check=stop_on_three)
+    run(harness)
+    plan_ahead(harness, tokens=[2, 3, 2], proposed=0)
+    behind = plan_ahead(harness, tokens=[2, 2, 2])
+    blocks = set(stopped.sequences[0].blocks)
+    late = harness.add([2] * 40, max_tokens=4)
+    harness.commit(harness.in_flight[0])
+    assert (stopped.finished, stopped.sequences[0].tokens[21:]) == (True, [2, 3])
+    assert harness.kv_cache.used == 0
+    assert set(behind.batch.left) == blocks
+    # its last round is still in flight when they are given away
+    third = harness.plan()
+    assert third is not None
+    assert blocks <= set(late.sequences[0].blocks)
+    assert third.batch.ended == [stopped.sequences[0].id]
+    before = len(harness.steps)
+    harness.commit(harness.in_flight[0])
+    assert (harness.steps[before].generated, harness.steps[before].verified) == (0, 0)
+    assert stopped.sequences[0].tokens[21:] == [2, 3]
+    assert sum(len(delta.token_ids) for delta in stopped.deltas) == 3
+    harness.finish()
+
+
+def test_blocks_left_in_a_step_that_fails_are_cleared_before_they_are_used_again() -> None:
+    harness = Harness(num_blocks=4, max_num_seqs=2, max_num_batched_tokens=64)
+    stopped = harness.add([1] * 20, max_tokens=20, stop_check=stop_on_three)
+    going = harness.add([2] * 4, max_tokens=9)
+    run(harness)
+    plan_ahead(harness, tokens=[3], proposed=0)
+    plan_ahead(harness, tokens=[2])
+    shareable, left = stopped.sequences[0].blocks[:1], stopped.sequences[0].blocks[1:]
+    harness.commit(harness.in_flight[0])
+    assert stopped.finished
+    own = set(going.sequences[0].blocks)
+    harness.add([3] * 40, max_tokens=4)
+    third = harness.plan()
+    assert third is not None
+    assert harness.fail_in_runner(harness.in_flight[0]) is None
+    again = harness.plan()
+    assert again is not None
+    assert set(again.batch.wiped) == {*left, *own, *third.batch.prefills[0].sequence.blocks} - set(shareable)
+    harness.finish()
+
+
+def test_one_that_is_aborted_is_not_planned_again_and_is_freed_by_the_oldest_step() -> None:
+    harness = Harness(num_blocks=20, max_num_batched_tokens=64)
+    flying, other = harness.add([1] * 20, 9), harness.add([2] * 20, 9)
+    run(harness)
+    plan_ahead(harness, tokens=[2])
+    plan_ahead(harness, tokens=[2])
+    harness.scheduler.abort(flying)
+    assert not flying.finished
+    harness.commit(harness.in_flight[0])
+    assert flying.finished
+    third = harness.plan()
+    assert third is not None
+    assert [sequence.record for sequence in third.batch.sequences] == [other]
+    deltas = len(flying.deltas)
+    harness.finish()
+    assert len(flying.deltas) == deltas
+    assert sum(facts.freed_after_cancel for facts in harness.steps) == 1
+
+
+def test_two_steps_in_flight_are_planned_again_together_and_those_of_the_first_are_accused() -> None:
+    harness = Harness(num_blocks=20, max_num_seqs=2, max_num_batched_tokens=64)
+    inside = harness.add([1] * 20, 9)
+    run(harness)
+    plan_ahead(harness, tokens=[2])
+    later = harness.add([2] * 20, 9)
+    behind = plan_ahead(harness, tokens=[2])
+    assert {sequence.record for sequence in behind.batch.sequences} == {inside, later}
+    assert harness.fail_in_runner(harness.in_flight[0]) is None
+    assert harness.scheduler.running == []
+    plan = harness.plan()
+    assert plan is not None
+    assert [sequence.record for sequence in plan.batch.sequences] == [inside], "the other waits until it is cleared"
+    assert harness.fail_in_runner(plan) is inside
+    harness.finish()
+    assert later.sequences[0].generated == 9
 
 
 # Priorities, shortage, and steps that fail

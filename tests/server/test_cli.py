@@ -41,7 +41,7 @@ def test_every_flag_reaches_the_configuration() -> None:
             *("--model", "/m", "--drafter", "lookup", "--device", "cpu", "--dtype", "float32", "--threads", "3"),
             *("--max-model-len", "100", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"),
             *("--kv-cache-memory", "2G", "--max-queued-requests", "7"),
-            *("--max-queued-tokens", "900", "--stall-timeout", "5"),
+            *("--max-queued-tokens", "900", "--stall-timeout", "5", "--lag", "1"),
             *("--num-speculative-tokens", "5", "--speculation", "fixed", "--verification", "rejection"),
             *("--cache-dir", "/c"),
         )
@@ -49,7 +49,7 @@ def test_every_flag_reaches_the_configuration() -> None:
     assert config == EngineConfig(
         model="/m", drafter="lookup", device="cpu", dtype="float32", threads=3, max_model_len=100, max_num_seqs=4,
         max_num_batched_tokens=64, kv_cache_bytes=2 << 30, max_queued_requests=7,
-        max_queued_tokens=900, stall_timeout_s=5.0,
+        max_queued_tokens=900, stall_timeout_s=5.0, lag=1,
         num_speculative_tokens=5, speculation="fixed", verification="rejection", cache_dir=Path("/c"),
     )  # fmt: skip
 

@@ -80,9 +80,9 @@ def open_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         )
         with run_service(service) as url, httpx.Client(base_url=url, timeout=60) as http:
             served = Served(service, http, url)
-            run = parts.runner.run
+            launch = parts.runner.launch
 
-            def run_when_let(*args: Any) -> Any:
+            def launch_when_let(*args: Any) -> Any:
                 if served.steps_left == 0:
                     served.steps_left = None
                     served.gate.clear()
@@ -92,9 +92,9 @@ def open_server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 served.gate.wait(60)
                 if served.faults:
                     raise served.faults.pop(0)
-                return run(*args)
+                return launch(*args)
 
-            parts.runner.run = run_when_let  # type: ignore[method-assign]
+            parts.runner.launch = launch_when_let  # type: ignore[method-assign]
             served.gate.set()
             try:
                 yield served

@@ -132,7 +132,7 @@ def test_a_drain_ends_at_its_limit(start: Start) -> None:
 def test_a_step_that_never_ends_does_not_keep_the_server_from_going_down(start: Start) -> None:
     hang = (
         "from dspark.engine import async_engine, runner; import threading; async_engine.LAST_STEP_S = 0.2; "
-        "runner.Runner.run = lambda *_: threading.Event().wait()"
+        "runner.Runner.launch = lambda *_: threading.Event().wait()"
     )
     with start("--drain-timeout", "0.1", code=hang) as server:
         with pytest.raises(httpx.ReadTimeout):
