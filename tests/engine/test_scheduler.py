@@ -350,10 +350,10 @@ def test_blocks_that_could_not_be_had_for_what_may_be_shorten_what_is() -> None:
     )
     wide = Harness(num_blocks=3, max_num_batched_tokens=64)
     for kind in (1, 2):
-        wide.add([kind] * 11, max_tokens=20)
+        wide.add([kind] * 10, max_tokens=20)
     run(wide, proposed=GAMMA)
     plan_ahead(wide, tokens=[2])
-    # 16 positions are sure to suffice for both; there is one more block, for the first
+    # the anchors fit into 16 positions however much is accepted; for drafts behind them there is one more block
     behind = plan_ahead(wide, tokens=[2])
     assert [(d.cap, d.cap_reason) for d in behind.batch.decodes] == [(GAMMA, None), (0, Reason.KV)]
     wide.commit(wide.in_flight[0])
@@ -392,10 +392,10 @@ def test_nobody_gives_way_while_a_step_is_in_flight() -> None:
 
 
 def test_a_stop_that_only_the_commit_sees_costs_one_round_that_is_dropped_and_frees_the_blocks_at_once() -> None:
-    harness = Harness(num_blocks=3, max_num_seqs=2, max_num_batched_tokens=64)
+    harness = Harness(num_blocks=3, max_num_seqs=2, max_num_batched_tokens=64, vocab=3)
     stopped = harness.add([1] * 20, max_tokens=20, stop_check=stop_on_three)
-    run(harness)
-    plan_ahead(harness, tokens=[2, 3, 2], proposed=0)
+    run(harness, proposed=GAMMA)
+    plan_ahead(harness, tokens=[2, 3, 2])
     behind = plan_ahead(harness, tokens=[2, 2, 2])
     blocks = set(stopped.sequences[0].blocks)
     late = harness.add([2] * 40, max_tokens=4)
@@ -417,7 +417,7 @@ def test_a_stop_that_only_the_commit_sees_costs_one_round_that_is_dropped_and_fr
 
 
 def test_blocks_left_in_a_step_that_fails_are_cleared_before_they_are_used_again() -> None:
-    harness = Harness(num_blocks=4, max_num_seqs=2, max_num_batched_tokens=64)
+    harness = Harness(num_blocks=4, max_num_seqs=2, max_num_batched_tokens=64, vocab=3)
     stopped = harness.add([1] * 20, max_tokens=20, stop_check=stop_on_three)
     going = harness.add([2] * 4, max_tokens=9)
     run(harness)
@@ -426,14 +426,16 @@ def test_blocks_left_in_a_step_that_fails_are_cleared_before_they_are_used_again
     shareable, left = stopped.sequences[0].blocks[:1], stopped.sequences[0].blocks[1:]
     harness.commit(harness.in_flight[0])
     assert stopped.finished
-    own = set(going.sequences[0].blocks)
-    harness.add([3] * 40, max_tokens=4)
+    late = harness.add([3] * 20, max_tokens=4)
     third = harness.plan()
     assert third is not None
+    assert left[0] in late.sequences[0].blocks
+    own = {*going.sequences[0].blocks, *late.sequences[0].blocks}
     assert harness.fail_in_runner(harness.in_flight[0]) is None
     again = harness.plan()
     assert again is not None
-    assert set(again.batch.wiped) == {*left, *own, *third.batch.prefills[0].sequence.blocks} - set(shareable)
+    assert set(again.batch.wiped) == own | set(left)
+    assert not set(shareable) & set(again.batch.wiped)
     harness.finish()
 
 
