@@ -335,9 +335,7 @@ class Runner:
         return [
             sequence
             for sequence in _sampled_sequences(batch)
-            if self._has_free_drafts(sequence)
-            and sequence.id not in drafted
-            and sequence.record.request.speculates
+            if self._has_free_drafts(sequence) and sequence.id not in drafted and sequence.record.request.speculates
         ]
 
     def _has_free_drafts(self, sequence: Sequence) -> bool:

@@ -136,7 +136,8 @@ class Scheduler:
         ended, self._ended = self._ended, []
         wiped, self._wiped = self._wiped, []
         batch = Batch(planned, prefills, started, ended, budget, self.queue_tokens, len(self.waiting), wiped)
-        for part in (*planned, *prefills):
+        parts: list[Decode | Prefill] = [*planned, *prefills]
+        for part in parts:
             part.sequence.in_flight.append(part)
             part.sequence.draft = None
         self._in_flight.append(batch)

@@ -43,8 +43,9 @@ def requests(tokenizer: PreTrainedTokenizerBase) -> list[Request]:
     return drawn
 
 
-def config(speculation: SpeculationMode) -> EngineConfig:
+def config(speculation: SpeculationMode, lag: int = 0) -> EngineConfig:
     return EngineConfig(
+        lag=lag,
         dtype="auto",
         threads=1,
         max_model_len=512,
@@ -71,10 +72,11 @@ def test_plain_decoding_in_a_batch_gives_the_tokens_of_each_alone(requests: list
 
 
 @pytest.mark.parametrize("speculation", ["fixed", "adaptive"])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_speculation_gives_the_tokens_of_plain_decoding(
-    requests: list[Request], plain: list[Answer], speculation: SpeculationMode
+    requests: list[Request], plain: list[Answer], speculation: SpeculationMode, lag: int
 ) -> None:
-    with running(config(speculation)) as engine:
+    with running(config(speculation, lag)) as engine:
         assert engine.parts.info.drafter_name == "dspark+lookup"
         assert texts(engine.answer_together(requests)) == texts(plain)
         assert texts(engine.answer_one_at_a_time(requests)) == texts(plain)

@@ -625,3 +625,35 @@ def test_nothing_is_taken_for_free_when_speculation_is_off() -> None:
     controller = controller_profiled_on(TABLE["amx_cpu"])
     controller.mode = "off"
     assert not controller.allocate(_load(_blocks(2, 0))).draft_free
+
+
+# Blocks that are still being drafted when the step that verifies them is planned
+
+
+def test_blocks_are_learned_once_they_are_known_and_change_the_picture_as_if_they_had_been_known_before() -> None:
+    survival = _blocks(6, 3, 3)
+    known, ahead = (controller_profiled_on(TABLE["memory_bound_gpu"]) for _ in range(2))
+    for _ in range(20):
+        known.allocate(_load(survival))
+        mean = ahead.mean_survival()
+        allocation = ahead.allocate(replace(_load(np.broadcast_to(mean, survival.shape)), known=False))
+        assert (ahead.mean_survival() == mean).all(), "nothing is learned from what is only expected"
+        ahead.resolve(_load(survival), allocation)
+        assert (ahead.mean_survival() == known.mean_survival()).all()
+    assert (np.diff(ahead.mean_survival()) <= 1e-6).all()
+    assert ahead.mean_survival().sum() == pytest.approx(survival.sum(axis=1).mean(), rel=0.1)
+
+
+def test_what_was_predicted_for_drafts_that_did_not_come_is_taken_back() -> None:
+    table = TABLE["zen4_cpu"]
+    controller = controller_profiled_on(table, "fixed")
+    load = _load(np.full((4, BLOCK), 0.5))
+    allocation = controller.allocate(replace(load, known=False))
+    assert allocation.budget == 4 * BLOCK
+    fewer = np.array([BLOCK, 0, 1, 0], np.int32)
+    resolved = controller.resolve(replace(load, proposed=fewer), allocation)
+    assert resolved.budget == BLOCK + 1
+    assert resolved.predicted_step_s < allocation.predicted_step_s
+    again = controller.allocate(replace(load, proposed=fewer))
+    assert resolved.predicted_step_s == pytest.approx(again.predicted_step_s)
+    assert controller.resolve(load, again) is again, "it was known when it was allocated"

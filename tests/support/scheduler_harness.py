@@ -138,7 +138,9 @@ class Harness:
         drafted += [prefill.sequence for prefill in batch.prefills if prefill.ends and allocation.draft_new]
         expected = {sequence.id: ExpectedDraft(0, free=True) for sequence in batch.sequences}
         expected |= {sequence.id: ExpectedDraft(GAMMA, free=False) for sequence in drafted}
-        plan = Plan(batch, allocation, StepResult(rounds, firsts, [], GAMMA, {}, sum(lengths), 0.0, 0.0, 0.0, 0.0), expected)
+        plan = Plan(
+            batch, allocation, StepResult(rounds, firsts, [], GAMMA, {}, sum(lengths), 0.0, 0.0, 0.0, 0.0), expected
+        )
         self.in_flight.append(plan)
         going = [sequence for sequence in drafted if not self._truth(sequence).ended]
         plan.result.drafts = {sequence.id: self._draft() for sequence in going}
