@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from kernel_inputs import Attention, attention, piece_of
 
-from dspark.kernels.paged_attention import paged_attention, paged_attention_reference
+from dspark.kernels.paged_attention import paged_attention_reference
 
 BLOCK = 16
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,66 +40,6 @@ PIECES = [  # (first position, rows) of each sequence
     [(5, 0), (9, 2), (0, 0)],
 ]
 WINDOWS = [0, 1, 5, 16, 17, 40, 1000]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One call: the rows of a flat batch over a cache whose every slot holds something."""
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: NDArray[np.int32]
-    row_starts: NDArray[np.int32]
-    first_positions: NDArray[np.int32]
-    window: int = 0
-
-    def run(self, kernel: Callable[..., Tensor] = paged_attention) -> Tensor:
-        scale = self.q.shape[2] ** -0.5
-        cache = (self.k_cache, self.v_cache)
-        return kernel(self.q, *cache, self.block_tables, self.row_starts, self.first_positions, scale, self.window)
-
-    def as_float(self) -> Attention:
-        return replace(self, q=self.q.float(), k_cache=self.k_cache.float(), v_cache=self.v_cache.float())
-
-
-def attention(
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    pieces: Sequence[tuple[int, int]],
-    window: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Attention:
-    """Random q, K and V; block tables are a random permutation of the cache, and longer than the sequences need."""
-    rng = np.random.default_rng(sum(first + rows for first, rows in pieces))
-    generator = torch.Generator().manual_seed(heads * dim)
-    width = max((first + rows) // BLOCK + 2 for first, rows in pieces)
-    tables = rng.permutation(len(pieces) * width + 3)[: len(pieces) * width].reshape(len(pieces), width)
-    rows = [rows for _, rows in pieces]
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    return Attention(
-        q=2 * random(sum(rows), heads, dim),
-        k_cache=random(tables.size + 3, kv_heads, dim, BLOCK),
-        v_cache=random(tables.size + 3, kv_heads, BLOCK, dim),
-        block_tables=tables.astype(np.int32),
-        row_starts=np.cumsum([0, *rows], dtype=np.int32),
-        first_positions=np.array([first for first, _ in pieces], np.int32),
-        window=window,
-    )
-
-
-def piece_of(whole: Attention, first: int, rows: int) -> Attention:
-    """Rows first … first+rows-1 of a call that holds one sequence from position 0, as a call of their own."""
-    return replace(
-        whole,
-        q=whole.q[first : first + rows].contiguous(),
-        row_starts=np.array([0, rows], np.int32),
-        first_positions=np.array([first], np.int32),
-    )
 
 
 def assert_equals_reference(case: Attention) -> None:
@@ -157,15 +96,7 @@ def test_very_unequal_scores_stay_finite() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cache_slots_that_a_row_must_not_see_have_no_influence(dtype: torch.dtype, window: int) -> None:
     case = attention(6, 2, 80, [(0, 21), (50, 3), (16, 1)], window, dtype)
-    used = torch.zeros(case.k_cache.shape[0], BLOCK, dtype=torch.bool)
-    for s, first in enumerate(case.first_positions.tolist()):
-        rows = int(case.row_starts[s + 1] - case.row_starts[s])
-        for position in range(max(0, first - window + 1) if window else 0, first + rows):
-            used[case.block_tables[s, position // BLOCK], position % BLOCK] = True
-    k_cache, v_cache = case.k_cache.clone(), case.v_cache.clone()
-    k_cache.permute(0, 3, 1, 2)[~used] = 3e37
-    v_cache.permute(0, 2, 1, 3)[~used] = -3e37
-    assert torch.equal(replace(case, k_cache=k_cache, v_cache=v_cache).run(), case.run())
+    assert torch.equal(case.with_unseen(3e37, -3e37).run(), case.run())
 
 
 def test_where_the_blocks_lie_changes_no_bit() -> None:
@@ -207,15 +138,7 @@ def test_other_sequences_of_the_batch_change_no_bit(
     batch = attention(heads, kv_heads, dim, pieces, window, dtype)
     together = batch.run()
     for s in range(len(pieces)):
-        rows = slice(int(batch.row_starts[s]), int(batch.row_starts[s + 1]))
-        alone = replace(
-            batch,
-            q=batch.q[rows].contiguous(),
-            block_tables=batch.block_tables[s : s + 1],
-            row_starts=batch.row_starts[s : s + 2] - batch.row_starts[s],
-            first_positions=batch.first_positions[s : s + 1],
-        )
-        assert torch.equal(alone.run(), together[rows])
+        assert torch.equal(batch.only(s).run(), together[batch.rows_of(s)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

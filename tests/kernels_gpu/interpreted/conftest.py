@@ -10,9 +10,11 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dspark.kernels.gpu import paged_attention
 from dspark.kernels.gpu.ahead_of_time import Configuration
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -22,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction  # reads TRITON_INTERPRET
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle  # reads TRITON_INTERPRET
 
 INTEGERS = {"*i64": torch.int64, "*i32": torch.int32, "*i8": torch.int8, "*u8": torch.uint8, "*i1": torch.bool}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -65,6 +67,25 @@ def twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     unchecked = interpreter.InterpreterOptions(sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", unchecked)
+
+
+@pytest.fixture
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention parts sequences of few positions already, takes fewer rows for a prompt chunk, and each program many items."""
+    monkeypatch.setattr(paged_attention, "SPLIT", 64)
+    monkeypatch.setattr(paged_attention, "PARTED", 36)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 3)
+
+
+@pytest.fixture
+def products_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a matrix product does not depend on its place in the tile, as on a device. Numpy's does."""
+
+    def create_dot(a: TensorHandle, b: TensorHandle, c: TensorHandle, *_: object) -> TensorHandle:
+        product = np.matmul(a.data[:, None], b.data, dtype=c.data.dtype)[:, 0]
+        return TensorHandle(product + c.data, c.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_dot", create_dot)
 
 
 @pytest.fixture(autouse=True)
