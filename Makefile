@@ -28,11 +28,12 @@ test test-slow: export MALLOC_MMAP_THRESHOLD_ := 262144
 
 test: lint .venv/.model-installed
 	.venv/bin/pytest -m 'not slow' -n 2 --dist worksteal $(ARGS)
-	TRITON_INTERPRET=1 .venv/bin/pytest -n 2 --dist worksteal tests/kernels_gpu/interpreted
+	TRITON_INTERPRET=1 .venv/bin/pytest -m 'not slow' -n 2 --dist worksteal tests/kernels_gpu/interpreted
 	.venv/bin/pytest -n 2 --dist worksteal tests/kernels_gpu/compiled
 
 test-slow: .venv/.model-installed
 	.venv/bin/pytest -m slow $(ARGS)
+	TRITON_INTERPRET=1 .venv/bin/pytest -m slow tests/kernels_gpu/interpreted
 
 # Debian's programs that slow tests run; a test whose program is absent skips and names it
 test-slow-packages:

@@ -179,9 +179,9 @@ def measure_invariance(repeats: int) -> dict[str, float]:
         copies = [weight.clone() for _ in range(count)]  # as many as the model has, so that no cache holds them all
         plans = {f"packed for {rows}": RowPlan(rows, 1, 1 << 30) for rows in (1, 8, 32)}
         plans["not packed"] = RowPlan(0, 1, 1 << 30)
-        times = {"in use": _linear_us([in_use(copy) for copy in copies], dtype, repeats)}
+        times = {"in use": _linear_us([in_use(copy) for copy in copies], weight, repeats)}
         times |= {
-            plan: _linear_us([PackedLinear(copy, None, rule) for copy in copies], dtype, repeats)
+            plan: _linear_us([PackedLinear(copy, None, rule) for copy in copies], weight, repeats)
             for plan, rule in plans.items()
         }
         invariant_us += times["in use"]
@@ -192,15 +192,14 @@ def measure_invariance(repeats: int) -> dict[str, float]:
     return {"invariant_us": invariant_us, "fastest_us": fastest_us, "ratio": ratio}
 
 
-def _linear_us(layers: Sequence[Linear], dtype: torch.dtype, repeats: int) -> float:
-    """Median microseconds of one pass over `layers`, one row."""
-    x = torch.randn(1, 4096).to(dtype)
-    width = layers[0].in_features
+def _linear_us(layers: Sequence[Linear], weight: torch.Tensor, repeats: int) -> float:
+    """Median microseconds of one pass over `layers`, all of the shape of `weight`, one row."""
+    x = torch.randn(1, weight.shape[1]).to(weight.dtype)
     times = []
     for _ in range(5 * repeats):
         started_s = time.perf_counter()
         for one in layers:
-            one(x[:, :width])
+            one(x)
         times.append(1e6 * (time.perf_counter() - started_s))
     return statistics.median(times)
 

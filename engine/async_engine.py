@@ -127,7 +127,7 @@ class Engine:
             parts.controller,
             parts.runner,
             worker,
-            config.lag,
+            parts.info.lag,
             self._deliver,
             self._report,
             self._fail_requests,

@@ -21,8 +21,9 @@ class EngineConfig:
     lookup: bool | None = None
     """Whether lookup proposes beside the drafter; None: wherever that is lossless, so not in rejection mode."""
     device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: cuda where torch sees one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 where the processor has bf16 instructions, else float32."""
+    """auto: bfloat16 on cuda and where the processor has bf16 instructions, else float32."""
     threads: int | None = None
     """Threads of tensor work; None: all cores but one, which is left to HTTP."""
     max_model_len: int | None = None
@@ -32,16 +33,16 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     """Rows of one target pass: anchors, then prefill chunks, then drafts."""
     kv_cache_bytes: int | None = None
-    """Memory for target and drafter K/V; None: a quarter of the free memory, at most 4 GiB."""
+    """Memory for target and drafter K/V; None: a quarter of the free memory, at most 4 GiB; on cuda what is left of it."""
     max_queued_requests: int = 256
     """Requests that may wait to be started."""
     max_queued_tokens: int = 262_144
     """Prompt tokens of the requests that wait; one request may always wait, however long it is."""
     stall_timeout_s: float = 60.0
     """With work here and no step ended for so long, the engine counts as stalled."""
-    lag: int = 0
-    """Steps that may be unfinished while the next one is planned, 0 or 1. With 1 a device need not wait for the host; on a CPU,
-    where a step is finished before the next one could be planned, it costs a step's latency and is for tests."""
+    lag: int | None = None
+    """Steps that may be unfinished while the next one is planned, 0 or 1; None: 1 on cuda, which then need not wait for the
+    host, else 0. On a CPU a step is finished before the next one could be planned: 1 costs a step's latency, for tests."""
     num_speculative_tokens: int | None = None
     """Longest draft γ; None: what the drafter was trained for (lookup: 7)."""
     speculation: SpeculationMode = "adaptive"

@@ -5,7 +5,7 @@ its price, on average over recent blocks; of B blocks the width w is drafted tha
 
     B · Σ_{k ≤ w} worth_k - λ T_draft(B, w)
 
-A drafter whose slots cost nothing more (a device's) drafts whole blocks.
+A device drafts whole blocks: its step is of fixed sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ WIDE_PERIOD_STEPS = 32
 class DraftWidth:
     """One thread; γ = `block_size`."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, narrowest: int) -> None:
+        """narrowest: slots that a block always has."""
+        self._narrowest = narrowest
         self.width = block_size
         """Slots that were chosen last."""
         self._widths = np.arange(1, block_size + 1)
@@ -50,5 +52,6 @@ class DraftWidth:
             self.width = len(self._widths)
         else:
             net = blocks * self._worth.cumsum() - price * draft_s
+            net[: self._narrowest - 1] = -np.inf
             self.width = len(net) - int(net[::-1].argmax())  # of equals the widest
         return self.width

@@ -52,6 +52,7 @@ class StepFacts:
     verify_s: float = 0.0  # target forward + sampling + accept
     sample_s: float = 0.0  # part of verify_s outside the target forward
     draft_s: float = 0.0  # context injection + draft block + its sampling
+    transfer_s: float = 0.0  # copies to and from a device
     commit_s: float = 0.0
     predicted_step_s: float = 0.0
     plain_estimate_s: float = 0.0  # cost model's time for plain decoding of the tokens this step gave
@@ -151,6 +152,7 @@ class EngineInfo:
     drafter_name: str  # "none" when speculation is off
     device: str
     dtype: str
+    kernels: str  # what computes: "cpu" or "triton"; decided once, by kernels/dispatch.py
     threads: int
     block_size: int
     num_blocks: int

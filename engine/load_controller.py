@@ -193,8 +193,9 @@ class LoadController:
         cost: CostModel,
         calibration: Calibration,
         itl_target_s: float | None = None,
+        narrowest: int = 1,
     ) -> None:
-        """block_size: γ.  itl_target_s: drafts may not make a step longer than this."""
+        """block_size: γ.  itl_target_s: drafts may not make a step longer than this.  narrowest: see `DraftWidth`."""
         self.mode = mode
         self.block_size = block_size
         self.cost = cost
@@ -204,7 +205,7 @@ class LoadController:
         """Smoothed growth of the step's time when its rows double: 0 memory bound, 1 the verifier is saturated."""
         self._recent = RecentBlocks(block_size)
         self._sequences = SequenceRecords()
-        self._width = DraftWidth(block_size)
+        self._width = DraftWidth(block_size, narrowest)
         self._last_price = 0.0
         self._positions = np.arange(block_size)
         self._regret_tokens = 0.0

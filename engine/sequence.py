@@ -247,7 +247,7 @@ class StepResult:
     drafted: ids of the sequences that were drafted for, draft_width slots each; drafts: by sequence id, of those for which
     something was proposed.
     rows: of the target pass. Times in seconds: forward_s target pass with head, sample_s sampling and acceptance,
-    inject_s drafter context, draft_s drafting.
+    inject_s drafter context, draft_s drafting, transfer_s copies to and from a device.
     """
 
     rounds: list[Round]
@@ -260,6 +260,7 @@ class StepResult:
     sample_s: float
     inject_s: float
     draft_s: float
+    transfer_s: float = 0.0
 
     @property
     def worker_s(self) -> float:

@@ -10,28 +10,41 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dspark.engine.calibration import Calibration
 from dspark.engine.config import EngineConfig
 from dspark.engine.cost_model import CostModel
 from dspark.engine.drafters.drafter import Drafter, DraftRow, Noise
 from dspark.engine.drafters.open_drafter import open_drafter
 from dspark.engine.errors import ConfigError
 from dspark.engine.facts import EngineInfo
+from dspark.engine.gpu.kernels import triton_kernels
+from dspark.engine.gpu.runner import GpuRunner
+from dspark.engine.gpu.start_up import (
+    DevicePassTimer,
+    allocate,
+    choose_device,
+    longest_draft,
+    make_runner,
+    open_device_drafter,
+    rows_are_invariant,
+)
 from dspark.engine.kv_cache import BLOCK_SIZE, blocks_for
 from dspark.engine.load_controller import LoadController
 from dspark.engine.models.decoder import Decoder, FlatBatch, LinearFactory
 from dspark.engine.models.locate import cache_folder, locate_model
 from dspark.engine.models.spec import read_spec
-from dspark.engine.models.weights import load_weights
+from dspark.engine.models.weights import OnDevice, load_weights
 from dspark.engine.noise import NoiseCache, Stream
 from dspark.engine.request import SamplingParams
 from dspark.engine.runner import Runner
 from dspark.engine.sampling import Sampler, SampleRow, SamplingState
+from dspark.kernels.dispatch import Kernels, choose_kernels
 from dspark.kernels.gumbel_noise import gumbel_noise
 
 log = logging.getLogger(__name__)
@@ -52,14 +65,12 @@ class EngineParts:
 def check_config(config: EngineConfig) -> None:
     """Raise ConfigError for a value that cannot work with any model."""
     cores = os.cpu_count() or 1
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError("device", f"{config.device} is not supported; this version runs on `cpu`")
     if config.threads is not None and not 1 <= config.threads <= cores:
         raise ConfigError("threads", f"{config.threads} is not in 1..{cores}, the processor's cores")
     for field in ("max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
         if getattr(config, field) < 1:
             raise ConfigError(field, f"{getattr(config, field)} must be at least 1")
-    if config.lag not in (0, 1):
+    if config.lag not in (None, 0, 1):
         raise ConfigError(
             "lag", f"{config.lag} must be 0 or 1, steps that are unfinished while the next one is planned"
         )
@@ -77,8 +88,10 @@ def check_config(config: EngineConfig) -> None:
         )
 
 
-def choose_dtype(config: EngineConfig) -> torch.dtype:
+def choose_dtype(config: EngineConfig, device_type: str = "cpu") -> torch.dtype:
     if config.dtype == "auto":
+        if device_type != "cpu":
+            return torch.bfloat16
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
 
@@ -86,7 +99,9 @@ def choose_dtype(config: EngineConfig) -> torch.dtype:
 def start_up(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
     """Build the engine's parts. Call in the thread that will run the steps. Raises ConfigError."""
     check_config(config)
-    cache = cache_folder(config.cache_dir)
+    device = choose_device(config)
+    kernels = _kernels_for(device)
+    log.info("kernels: %s", kernels.name)
     threads = config.threads or max(1, (os.cpu_count() or 1) - 1)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
@@ -96,58 +111,125 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     max_model_len = spec.max_position if config.max_model_len is None else config.max_model_len
     if not 2 <= max_model_len <= spec.max_position:
         raise ConfigError("max_model_len", f"{max_model_len} is not in 2..{spec.max_position}, the model's positions")
-    dtype = choose_dtype(config)
+    dtype = choose_dtype(config, device.type)
     linear = LinearFactory()
-    decoder = Decoder(spec, load_weights(files.folder, spec, dtype, progress), max_model_len, linear)
+    decoder = Decoder(spec, OnDevice(load_weights(files.folder, spec, dtype, progress), device), max_model_len, linear)
     clock.end("target_weights")
-    noise = NoiseCache(spec.vocab_size)
-    drafter, calibration = open_drafter(
-        config, decoder, files.name, max_model_len, _draft_noise(config, noise), predictions=True
-    )
-    clock.end("draft_weights")
-    kv_bytes, num_blocks = _plan_kv(config, decoder, drafter, max_model_len)
-    decoder.allocate_kv(num_blocks, BLOCK_SIZE)
-    drafter.allocate_context(num_blocks, BLOCK_SIZE)
-    clock.end("kv_alloc")
     report = progress or (lambda phase, done, total: None)
-    report("warm-up", 0, 2)  # on a machine's first start this compiles the kernels, which takes a while
-    row_invariant = linear.row_invariant and _rows_are_invariant(decoder, num_blocks)
+    open_step = _open_on_cpu if device.type == "cpu" else _open_on_device
+    step = open_step(config, decoder, files.name, max_model_len, threads, clock, report)
+    row_invariant = linear.row_invariant and step.row_invariant
     if not row_invariant:
         log.warning("row-invariance self-test failed: answers may depend on batching on this machine")
-    report("warm-up", 1, 2)
-    _compile_sampling(decoder, noise)
-    report("warm-up", 2, 2)
-    clock.end("warmup")
-    timer = PassTimer(decoder, drafter, Sampler(decoder.head_weight, noise), num_blocks, max_model_len)
-    cost = _costs(
-        config, cache, files.name, timer, (dtype, threads, drafter.name, config.drafter, drafter.block_size, spec)
-    )
-    clock.end("profile")
-    most = min(config.num_speculative_tokens or drafter.block_size, drafter.block_size)
-    stop_ids = frozenset(spec.eos_token_ids)
     info = EngineInfo(
         model_name=files.name,
-        drafter_name=drafter.name,
-        device="cpu",
+        drafter_name=step.drafter_name,
+        device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        kernels=kernels.name,
         threads=threads,
         block_size=BLOCK_SIZE,
-        num_blocks=num_blocks,
-        kv_cache_bytes=kv_bytes,
+        num_blocks=step.num_blocks,
+        kv_cache_bytes=step.kv_cache_bytes,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_draft_tokens=most,
+        max_draft_tokens=longest_draft(config, step.calibration.block_size),
         vocab_size=spec.vocab_size,
         weight_bytes=decoder.weight_bytes,
         eos_token_ids=spec.eos_token_ids,
         row_invariant=row_invariant,
         load_seconds=clock.phases,
         verification=config.verification,
-        lag=config.lag,
+        lag=int(device.type != "cpu") if config.lag is None else config.lag,
     )
-    runner = Runner(decoder, drafter, noise, stop_ids, config.verification, most)
-    controller = LoadController(config.speculation, drafter.block_size, cost, calibration)
-    return EngineParts(info, runner, controller, stop_ids)
+    mode = "off" if step.drafter_name == "none" else config.speculation
+    controller = LoadController(
+        mode, step.calibration.block_size, step.cost, step.calibration, narrowest=step.narrowest
+    )
+    runner = cast(Runner, step.runner)  # a step is `launch` and `collect` with either
+    return EngineParts(info, runner, controller, frozenset(spec.eos_token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenedStep:
+    """What runs the steps, and what is known of it."""
+
+    runner: Runner | GpuRunner
+    drafter_name: str
+    calibration: Calibration
+    narrowest: int  # slots of a block that are always drafted
+    cost: CostModel
+    num_blocks: int
+    kv_cache_bytes: int
+    row_invariant: bool
+
+
+def _open_on_cpu(
+    config: EngineConfig,
+    decoder: Decoder,
+    model_name: str,
+    max_model_len: int,
+    threads: int,
+    clock: _PhaseClock,
+    report: Progress,
+) -> _OpenedStep:
+    """Drafter and K/V pool beside the target, kernels compiled, self-test and measured costs."""
+    noise = NoiseCache(decoder.spec.vocab_size)
+    drafter, calibration = open_drafter(
+        config, decoder, model_name, max_model_len, _draft_noise(config, noise), predictions=True
+    )
+    clock.end("draft_weights")
+    kv_bytes, num_blocks = _plan_kv(config, decoder, drafter, max_model_len)
+    decoder.allocate_kv(num_blocks, BLOCK_SIZE)
+    drafter.allocate_context(num_blocks, BLOCK_SIZE)
+    clock.end("kv_alloc")
+    report("warm-up", 0, 2)  # on a machine's first start this compiles the kernels, which takes a while
+    row_invariant = _rows_are_invariant(decoder, num_blocks)
+    report("warm-up", 1, 2)
+    _compile_sampling(decoder, noise)
+    report("warm-up", 2, 2)
+    clock.end("warmup")
+    timer = PassTimer(decoder, drafter, Sampler(decoder.head_weight, noise), num_blocks, max_model_len)
+    made_of = (decoder.dtype, threads, drafter.name, config.drafter, drafter.block_size, decoder.spec)
+    cost = _costs(config, model_name, timer, made_of)
+    clock.end("profile")
+    most = longest_draft(config, drafter.block_size)
+    runner = Runner(decoder, drafter, noise, frozenset(decoder.spec.eos_token_ids), config.verification, most)
+    return _OpenedStep(runner, drafter.name, calibration, 1, cost, num_blocks, kv_bytes, row_invariant)
+
+
+def _open_on_device(
+    config: EngineConfig,
+    decoder: Decoder,
+    model_name: str,
+    max_model_len: int,
+    threads: int,
+    clock: _PhaseClock,
+    report: Progress,
+) -> _OpenedStep:
+    """The same on a device, with its steps captured."""
+    drafter, calibration = open_device_drafter(config, decoder, model_name, max_model_len)
+    clock.end("draft_weights")
+    runner = make_runner(config, decoder, drafter, triton_kernels(), calibration.block_size, max_model_len)
+    num_blocks = allocate(config, runner, max_model_len, report)
+    clock.end("kv_alloc")
+    runner.capture(lambda done, total: report("capture", done, total))
+    row_invariant = rows_are_invariant(decoder)
+    clock.end("warmup")
+    name = "none" if drafter is None else drafter.name
+    made_of = (torch.cuda.get_device_name(), decoder.dtype, name, config.drafter, calibration.block_size, decoder.spec)
+    cost = _costs(config, model_name, DevicePassTimer(runner), made_of)
+    clock.end("profile")
+    kv_bytes = num_blocks * runner.block_bytes
+    return _OpenedStep(runner, name, calibration, calibration.block_size, cost, num_blocks, kv_bytes, row_invariant)
+
+
+def _kernels_for(device: torch.device) -> Kernels:
+    """Raises ConfigError naming what the device lacks, before anything is loaded."""
+    try:
+        return choose_kernels(device)
+    except ModuleNotFoundError as missing:
+        raise ConfigError("device", str(missing)) from missing
 
 
 class _PhaseClock:
@@ -289,13 +371,13 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def _costs(
-    config: EngineConfig, cache: Path, model_name: str, timer: PassTimer, made_of: tuple[object, ...]
+    config: EngineConfig, model_name: str, timer: PassTimer | DevicePassTimer, made_of: tuple[object, ...]
 ) -> CostModel:
     """The measured costs, from the last start where everything they depend on is the same."""
     facts = (platform.processor(), platform.node(), os.cpu_count(), torch.__version__, version("numba"))
     sizes = (config.max_num_seqs, config.max_num_batched_tokens, version("dspark-server"))
     key = hashlib.blake2b(repr((model_name, facts, sizes, made_of)).encode(), digest_size=12).hexdigest()
-    path = cache / "costs" / f"{key}.json"
+    path = cache_folder(config.cache_dir) / "costs" / f"{key}.json"
     cost = CostModel.load(path, key)
     if cost is None:
         cost = CostModel.profile(

@@ -80,6 +80,7 @@ def describe_step(facts: StepFacts, batch: Batch, allocation: Allocation, result
     facts.verify_s = result.forward_s + result.sample_s
     facts.sample_s = result.sample_s
     facts.draft_s = result.inject_s + result.draft_s
+    facts.transfer_s = result.transfer_s
     facts.predicted_step_s = allocation.predicted_step_s
     facts.plain_estimate_s = allocation.plain_estimate_s(facts.accepted)
     facts.price_tokens_per_s = allocation.price

@@ -99,7 +99,6 @@ class PackedLinear:
         self._plan = plan or RowPlan(pack_rows=0, min_rows=1, max_rows=1 << 30)
         self._weight = _pack(weight, self._plan)
         self._bias = bias
-        self.in_features = weight.shape[1]
         self.weight_bytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

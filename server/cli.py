@@ -326,9 +326,8 @@ def _add_batching_arguments(group: Any) -> None:
         "--lag",
         type=int,
         choices=(0, 1),
-        default=0,
         help="Steps that may be unfinished while the next one is planned. 1 keeps a device from waiting for the host; on a "
-        "CPU it gains nothing and is for tests (default: 0).",
+        "CPU it gains nothing and is for tests (default: 1 on cuda, else 0).",
     )
     group.add_argument(
         "--kv-cache-memory",
@@ -635,7 +634,8 @@ def ready_message(info: EngineInfo, model_name: str, host: str, port: int) -> st
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     tokens = info.num_blocks * info.block_size
     line = (
-        f"Serving {model_name} at {url}  drafter {info.drafter_name}, {info.dtype} on {info.device}, "
+        f"Serving {model_name} at {url}  drafter {info.drafter_name}, "
+        f"{info.dtype} on {info.device} ({info.kernels} kernels), "
         f"{info.threads} thread{'s' if info.threads > 1 else ''}, "
         f"KV {info.kv_cache_bytes / 2**20:.0f} MiB = {tokens} tokens"
     )

@@ -533,6 +533,7 @@ class Metrics:
             "model": model_name,
             "draft_model": info.drafter_name,
             "device": info.device,
+            "kernels": info.kernels,
             "dtype": info.dtype,
             "block_size": str(info.block_size),
             "num_kv_blocks": str(info.num_blocks),

@@ -266,7 +266,7 @@ def drop_shared_with_target(weights: Mapping[str, Tensor], embedding: Tensor, he
     return {
         name: tensor
         for name, tensor in weights.items()
-        if name not in shared or not torch.equal(tensor, shared[name].to(tensor.dtype))
+        if name not in shared or not torch.equal(tensor, shared[name].to(tensor))
     }
 
 

@@ -27,12 +27,9 @@ from dspark.engine.config import VerificationMode
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, DraftSpec
 from dspark.engine.drafters.drafter import Draft, DraftRow, Noise, widest
 from dspark.engine.errors import ConfigError
-from dspark.engine.models.decoder import Linear, LinearFactory
+from dspark.engine.models.decoder import Linear, LinearFactory, PlainLinear
 from dspark.engine.models.rope import rope_tables
-from dspark.kernels.draft_attention import draft_attention
-from dspark.kernels.rms_norm import add_rms_norm, rms_norm
-from dspark.kernels.rope_kv_write import rope_kv_write
-from dspark.kernels.silu_mul import silu_mul
+from dspark.kernels.dispatch import choose_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class MarkovHead:
 
     def __init__(self, spec: DraftSpec, weights: Mapping[str, Tensor], linear: LinearFactory) -> None:
         self._kind = spec.markov
-        self._w1 = weights["markov_head.markov_w1.weight"]
+        self.w1 = weights["markov_head.markov_w1.weight"]
         w2 = weights["markov_head.markov_w2.weight"]
         self._w2 = linear(w2 if spec.draft_token_ids is None else w2[list(spec.draft_token_ids)])
         if self._kind == "gated":
@@ -73,25 +70,51 @@ class MarkovHead:
         elif self._kind == "rnn":
             self._joint = linear.fused(weights, "markov_head.joint_proj")
 
+    @property
+    def w2_weight(self) -> Tensor:
+        """[v, r]; a device's layers keep it as it is."""
+        assert isinstance(self._w2, PlainLinear)
+        return self._w2.weight
+
     def embed(self, tokens: Tensor) -> Tensor:
         """w1 of the tokens: [...] int64 -> [..., r]."""
-        return F.embedding(tokens, self._w1)
+        return F.embedding(tokens, self.w1)
 
     def bias(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bias of one slot [B, v], and the state for the next slot.
+        """Bias of one slot [B, v], and the state for the next slot; arguments as for `transition`."""
+        mixed, state = self.transition(previous, hidden, state)
+        return self._w2(mixed), state
+
+    def transition(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What w2 is applied to in one slot [B, r], and the state for the next slot.
 
         previous: [B, r], `embed` of the tokens before; hidden: [B, d]; state: [B, r], of the rnn head only, or None at
         the first slot of a block (zeros).
         """
         if self._kind == "gated":
             gate = torch.sigmoid(self._gate(torch.cat([hidden, previous], dim=-1)))
-            return self._w2(gate * previous), state
+            return gate * previous, state
         if self._kind == "rnn":
             state = torch.zeros_like(previous) if state is None else state
             keep, candidate, output = self._joint(torch.cat([state, previous, hidden], dim=-1)).chunk(3, dim=-1)
             keep = torch.sigmoid(keep)
-            return self._w2(torch.tanh(output)), keep * state + (1 - keep) * torch.tanh(candidate)
-        return self._w2(previous), state
+            return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
+        return previous, state
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """Where the B·γ slots of a draft pass read and write: numpy arrays on a CPU, tensors on a device.
+
+    positions: [B·γ] int32; slots: [B·γ] int64, of their K/V in the scratch blocks; block_tables: [B, most blocks] int32;
+    context_lens, scratch_blocks: [B] int32; see kernels/draft_attention.py.
+    """
+
+    positions: NDArray[np.int32] | Tensor
+    slots: NDArray[np.int64] | Tensor
+    block_tables: NDArray[np.int32] | Tensor
+    context_lens: NDArray[np.int32] | Tensor
+    scratch_blocks: NDArray[np.int32] | Tensor
 
 
 class DSparkDrafter:
@@ -125,12 +148,15 @@ class DSparkDrafter:
         """
         self.block_size = spec.block_size
         self.feature_layers = spec.target_layer_ids
-        self._spec = spec
+        self.spec = spec
         self._embedding = weights.get(EMBEDDING, embedding)
-        self._draft_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
-        self._head = head
+        self._kernels = choose_kernels(embedding.device)
+        self.draft_ids: Tensor | None = None
+        if spec.draft_token_ids is not None:
+            self.draft_ids = torch.tensor(spec.draft_token_ids, device=embedding.device)
+        self.head = head
         if HEAD in weights:
-            self._head = linear(weights[HEAD] if self._draft_ids is None else weights[HEAD][self._draft_ids])
+            self.head = linear(weights[HEAD] if self.draft_ids is None else weights[HEAD][self.draft_ids])
         self._fc = linear.fused(weights, "fc")
         self._hidden_norm = weights["hidden_norm.weight"]
         self._norm = weights["norm.weight"]
@@ -139,7 +165,7 @@ class DSparkDrafter:
         self._context_kv = linear.fused(
             weights, *(f"layers.{i}.self_attn.{name}_proj" for i in range(spec.num_layers) for name in "kv")
         )
-        self._markov = MarkovHead(spec, weights, linear) if spec.markov else None
+        self.markov = MarkovHead(spec, weights, linear) if spec.markov else None
         self._confidence: tuple[Tensor, Tensor] | None = None
         if spec.confidence_head:
             weight, bias = weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"]
@@ -154,7 +180,7 @@ class DSparkDrafter:
         self._noise = noise
 
     def bytes_per_block(self, block_size: int) -> int:
-        spec = self._spec
+        spec = self.spec
         return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * block_size * self._norm.itemsize
 
     def allocate_context(self, num_blocks: int, block_size: int) -> None:
@@ -162,27 +188,29 @@ class DSparkDrafter:
 
         Raises ConfigError("block_size") where a draft block does not fit into one KV block.
         """
-        spec = self._spec
+        spec = self.spec
         if spec.block_size > block_size:
             raise ConfigError(
                 "block_size",
                 f"a KV block of {block_size} tokens cannot hold a draft block of {spec.block_size}; "
                 f"give at least {spec.block_size}",
             )
-        self._num_blocks, self._kv_block_size = num_blocks, block_size
+        self.first_scratch_block, self._kv_block_size = num_blocks, block_size
         blocks, kv_heads, head_dim = num_blocks + self._max_num_seqs, spec.num_kv_heads, spec.head_dim
         # zeros: attention multiplies what lies beyond a sequence's end by 0, which must not meet a NaN
         k_shape, v_shape = (blocks, kv_heads, head_dim, block_size), (blocks, kv_heads, block_size, head_dim)
         self._k_caches = [self._norm.new_zeros(k_shape) for _ in self._layers]
         self._v_caches = [self._norm.new_zeros(v_shape) for _ in self._layers]
 
-    def observe(self, features: Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> None:
-        spec = self._spec
-        context = rms_norm(self._fc(features), self._hidden_norm, spec.rms_norm_eps)
+    def observe(
+        self, features: Tensor, positions: NDArray[np.int32] | Tensor, slots: NDArray[np.int64] | Tensor
+    ) -> None:
+        spec = self.spec
+        context = self._kernels.rms_norm(self._fc(features), self._hidden_norm, spec.rms_norm_eps)
         # no input_layernorm here: the layers' keys and values see the context vector itself
         per_layer = self._context_kv(context).view(len(positions), spec.num_layers, -1)
         for i, layer in enumerate(self._layers):
-            rope_kv_write(
+            self._kernels.rope_kv_write(
                 per_layer[:, i].contiguous(),
                 positions,
                 slots,
@@ -206,8 +234,8 @@ class DSparkDrafter:
         assert len(rows) <= self._max_num_seqs, "each row needs a scratch block"
         anchors = torch.tensor([int(row.tokens[row.position]) for row in rows], device=self._embedding.device)
         width = widest(rows, self.block_size)
-        hidden = self._backbone(rows, anchors, width)
-        logits = self._head(hidden).view(len(rows), width, -1)
+        hidden = self.backbone(anchors, self._draft_batch(rows, width))
+        logits = self.head(hidden).view(len(rows), width, -1)
         hidden = hidden.view(len(rows), width, -1)
         tokens, probs = self._draw_left_to_right(rows, anchors, hidden, logits)
         previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
@@ -215,32 +243,39 @@ class DSparkDrafter:
         return Draft(
             tokens=F.pad(tokens, undrafted).cpu().numpy(),
             lengths=np.full(len(rows), width, np.int32),
-            confidence=F.pad(self._log_odds(hidden, previous), undrafted).cpu().numpy(),
+            confidence=F.pad(self.log_odds(hidden, previous), undrafted).cpu().numpy(),
             probs=probs,
         )
 
     def forget(self, sequence_id: int) -> None:
         """Nothing is kept for a sequence but the context in its blocks."""
 
-    def _backbone(self, rows: Sequence[DraftRow], anchors: Tensor, width: int) -> Tensor:
-        """The final-normed hidden state of every slot, [B·w, d]."""
-        spec = self._spec
+    def _draft_batch(self, rows: Sequence[DraftRow], width: int) -> DraftBatch:
         anchor_positions = np.array([row.position for row in rows], np.int32)
         offsets = np.tile(np.arange(width, dtype=np.int32), len(rows))
-        positions = anchor_positions.repeat(width) + offsets
-        scratch_blocks = np.arange(self._num_blocks, self._num_blocks + len(rows), dtype=np.int32)
-        slots = scratch_blocks.astype(np.int64).repeat(width) * self._kv_block_size + offsets
-        block_tables = self._context_tables(rows)
-        ids = torch.full((len(rows), width), spec.mask_token_id, device=self._embedding.device)
+        scratch_blocks = np.arange(self.first_scratch_block, self.first_scratch_block + len(rows), dtype=np.int32)
+        return DraftBatch(
+            positions=anchor_positions.repeat(width) + offsets,
+            slots=scratch_blocks.astype(np.int64).repeat(width) * self._kv_block_size + offsets,
+            block_tables=self._context_tables(rows),
+            context_lens=anchor_positions,
+            scratch_blocks=scratch_blocks,
+        )
+
+    def backbone(self, anchors: Tensor, batch: DraftBatch) -> Tensor:
+        """The final-normed hidden state of every slot, [B·w, d]. anchors: [B] int64."""
+        spec, kernels = self.spec, self._kernels
+        width = len(batch.positions) // len(anchors)
+        ids = torch.full((len(anchors), width), spec.mask_token_id, device=self._embedding.device)
         ids[:, 0] = anchors
         residual = F.embedding(ids.view(-1), self._embedding).float()
-        normed = rms_norm(residual, self._layers[0].input_norm, spec.rms_norm_eps)
+        normed = kernels.rms_norm(residual, self._layers[0].input_norm, spec.rms_norm_eps)
         for i, layer in enumerate(self._layers):
             k_cache, v_cache = self._k_caches[i], self._v_caches[i]
-            q = rope_kv_write(
+            q = kernels.rope_kv_write(
                 layer.qkv(normed),
-                positions,
-                slots,
+                batch.positions,
+                batch.slots,
                 self._cos,
                 self._sin,
                 k_cache,
@@ -249,13 +284,13 @@ class DSparkDrafter:
                 layer.k_norm,
                 spec.rms_norm_eps,
             )
-            attended = draft_attention(
-                q, k_cache, v_cache, block_tables, anchor_positions, scratch_blocks, width, spec.head_dim**-0.5
-            )
-            attended = layer.o(attended.view(len(positions), -1))
-            normed = add_rms_norm(attended, residual, layer.post_attention_norm, spec.rms_norm_eps)
+            tables, lens, scratch = batch.block_tables, batch.context_lens, batch.scratch_blocks
+            attended = kernels.draft_attention(q, k_cache, v_cache, tables, lens, scratch, width, spec.head_dim**-0.5)
+            attended = layer.o(attended.view(len(ids) * width, -1))
+            normed = kernels.add_rms_norm(attended, residual, layer.post_attention_norm, spec.rms_norm_eps)
+            hidden = layer.down(kernels.silu_mul(layer.gate_up(normed)))
             next_norm = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm
-            normed = add_rms_norm(layer.down(silu_mul(layer.gate_up(normed))), residual, next_norm, spec.rms_norm_eps)
+            normed = kernels.add_rms_norm(hidden, residual, next_norm, spec.rms_norm_eps)
         return normed
 
     def _context_tables(self, rows: Sequence[DraftRow]) -> NDArray[np.int32]:
@@ -274,7 +309,7 @@ class DSparkDrafter:
         Returns the tokens [B, w] and, in rejection mode, the distributions they were drawn from [B, w, V].
         """
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
-        scale = self._spec.sampling_scale
+        scale = self.spec.sampling_scale
         temperatures = torch.tensor([[rows[i].temperature * scale] for i in sampled], device=logits.device)
         width = logits.shape[1]
         noise = self._block_noise([rows[i] for i in sampled], width) if sampled else None
@@ -283,14 +318,14 @@ class DSparkDrafter:
         previous, state = anchors, None
         for k in range(width):
             scores = logits[:, k].float()
-            if self._markov is not None:
-                bias, state = self._markov.bias(self._markov.embed(previous), hidden[:, k], state)
+            if self.markov is not None:
+                bias, state = self.markov.bias(self.markov.embed(previous), hidden[:, k], state)
                 scores += bias
             if noise is not None:
                 scaled = scores[sampled] / temperatures
                 scores[sampled] = scaled + noise[:, k]
             best = scores.argmax(dim=-1)
-            previous = best if self._draft_ids is None else self._draft_ids[best]
+            previous = best if self.draft_ids is None else self.draft_ids[best]
             tokens.append(previous)
             if self._verification == "rejection":
                 distribution = F.one_hot(best, scores.shape[-1]).float()
@@ -301,10 +336,10 @@ class DSparkDrafter:
 
     def _over_vocabulary(self, distribution: Tensor) -> Tensor:
         """[B, v] → [B, V], 0 for ids that are never drafted."""
-        if self._draft_ids is None:
+        if self.draft_ids is None:
             return distribution
-        zeros = distribution.new_zeros((len(distribution), self._spec.vocab_size))
-        return zeros.index_copy_(1, self._draft_ids, distribution)
+        zeros = distribution.new_zeros((len(distribution), self.spec.vocab_size))
+        return zeros.index_copy_(1, self.draft_ids, distribution)
 
     def _block_noise(self, rows: Sequence[DraftRow], width: int) -> Tensor:
         """Noise of the positions that each block predicts, [rows, w, v]."""
@@ -312,16 +347,16 @@ class DSparkDrafter:
         rounds = np.array([row.position for row in rows], np.int64).repeat(width)
         positions = rounds + np.tile(np.arange(1, width + 1), len(rows))
         noise = self._noise(keys, positions, rounds)
-        if self._draft_ids is not None:
-            noise = noise[:, self._draft_ids]
+        if self.draft_ids is not None:
+            noise = noise[:, self.draft_ids]
         return noise.view(len(rows), width, -1)
 
-    def _log_odds(self, hidden: Tensor, previous: Tensor) -> Tensor:
+    def log_odds(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """hidden: [B, w, d]; previous: [B, w], the token before each slot's -> [B, w] float32; 0 without a head."""
         if self._confidence is None:
-            return torch.zeros(previous.shape)
+            return torch.zeros(previous.shape, device=previous.device)
         weight, bias = self._confidence
         inputs = hidden.float()
-        if self._spec.confidence_with_markov and self._markov is not None:
-            inputs = torch.cat([inputs, self._markov.embed(previous).float()], dim=-1)
+        if self.spec.confidence_with_markov and self.markov is not None:
+            inputs = torch.cat([inputs, self.markov.embed(previous).float()], dim=-1)
         return inputs @ weight + bias

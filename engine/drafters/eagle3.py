@@ -42,10 +42,7 @@ from dspark.engine.drafters.token_draws import TokenDraws
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, LinearFactory
 from dspark.engine.models.rope import rope_tables
-from dspark.kernels.paged_attention import paged_attention
-from dspark.kernels.rms_norm import add_rms_norm, rms_norm
-from dspark.kernels.rope_kv_write import rope_kv_write
-from dspark.kernels.silu_mul import silu_mul
+from dspark.kernels.dispatch import choose_kernels
 
 CATCH_UP_TOKENS = 1024
 """Context tokens computed per call: one linear layer each, no attention."""
@@ -82,6 +79,7 @@ class Eagle3Drafter:
         self._spec = spec
         layer, attention, mlp = "layers.0.", "layers.0.self_attn.", "layers.0.mlp."
         self._embedding = weights.get(EMBEDDING, embedding)
+        self._kernels = choose_kernels(embedding.device)
         self._head = linear.fused(weights, HEAD.removesuffix(".weight")) if HEAD in weights else head
         self._fc = linear.fused(weights, "fc")
         self._input_norm = weights[f"{layer}input_layernorm.weight"]
@@ -185,23 +183,26 @@ class Eagle3Drafter:
         tables: NDArray[np.int32],
     ) -> Tensor:
         """One index of each sequence: state [B, d] float32 becomes the layer's output, in place; returns its norm."""
-        spec = self._spec
+        spec, kernels = self._spec, self._kernels
         q = self._write_kv(self._qkv(self._joined(tokens, state)), positions, slots)
         row_starts = np.arange(len(tokens) + 1, dtype=np.int32)
-        attended = paged_attention(q, self._k_cache, self._v_cache, tables, row_starts, positions, spec.head_dim**-0.5)
+        attended = kernels.paged_attention(
+            q, self._k_cache, self._v_cache, tables, row_starts, positions, spec.head_dim**-0.5
+        )
         attended = self._output(attended.view(len(tokens), -1))
-        normed = add_rms_norm(attended, state, self._post_attention_norm, spec.rms_norm_eps)
-        return add_rms_norm(self._down(silu_mul(self._gate_up(normed))), state, self._norm, spec.rms_norm_eps)
+        normed = kernels.add_rms_norm(attended, state, self._post_attention_norm, spec.rms_norm_eps)
+        hidden = self._down(kernels.silu_mul(self._gate_up(normed)))
+        return kernels.add_rms_norm(hidden, state, self._norm, spec.rms_norm_eps)
 
     def _joined(self, tokens: NDArray[np.int64], state: Tensor) -> Tensor:
         """[n, 2d]: what attention reads of the token after, and of the hidden state at, an index."""
         embedded = F.embedding(torch.from_numpy(tokens), self._embedding)
-        eps = self._spec.rms_norm_eps
+        rms_norm, eps = self._kernels.rms_norm, self._spec.rms_norm_eps
         return torch.cat((rms_norm(embedded, self._input_norm, eps), rms_norm(state, self._hidden_norm, eps)), dim=1)
 
     def _write_kv(self, qkv: Tensor, positions: NDArray[np.int32], slots: NDArray[np.int64]) -> Tensor:
         """Write K and V, return q [n, H, e] (H = 0 where qkv has K and V only). positions: rotary."""
-        return rope_kv_write(
+        return self._kernels.rope_kv_write(
             qkv,
             positions,
             slots,

@@ -30,6 +30,7 @@ from dspark.engine.drafters.lookup import LookupDrafter
 from dspark.engine.drafters.prediction import PredictionDrafter
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Decoder, LinearFactory
+from dspark.engine.models.weights import OnDevice
 
 LOOKUP_TOKENS = 7
 """γ of the lookup drafter alone when none is asked for."""
@@ -118,11 +119,12 @@ def _open_model(
     if tokens is not None and tokens > spec.block_size:
         raise ConfigError("num_speculative_tokens", f"{tokens} exceeds the drafter's block of {spec.block_size} tokens")
     linear = LinearFactory()
+    weights = drop_shared_with_target(
+        load_draft_weights(folder, spec, decoder.dtype), decoder.embedding, decoder.head_weight
+    )
     drafter = DSparkDrafter(
         spec,
-        drop_shared_with_target(
-            load_draft_weights(folder, spec, decoder.dtype), decoder.embedding, decoder.head_weight
-        ),
+        OnDevice(weights, decoder.embedding.device),
         decoder.embedding,
         _target_head(spec, decoder, linear),
         linear,

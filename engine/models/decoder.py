@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.rope import rope_tables
 from dspark.engine.models.spec import ModelSpec
+from dspark.engine.models.weights import weight_shapes
+from dspark.kernels.dispatch import choose_kernels
 from dspark.kernels.packed_linear import PackedLinear, RowPlan, find_row_plan, packing_works
-from dspark.kernels.paged_attention import paged_attention
 from dspark.kernels.panel_linear import PanelLinear
-from dspark.kernels.rms_norm import add_rms_norm, rms_norm
-from dspark.kernels.rope_kv_write import rope_kv_write
-from dspark.kernels.silu_mul import silu_mul
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +42,55 @@ class FlatBatch:
     row_starts: NDArray[np.int32]
     first_positions: NDArray[np.int32]
 
+    def to(self, device: torch.device) -> DeviceBatch:
+        names = DeviceBatch.__dataclass_fields__
+        return DeviceBatch(*(torch.from_numpy(getattr(self, name)).to(device) for name in names))
 
-Linear = PackedLinear | PanelLinear
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """The same on a device; rows behind the last of `row_starts` are padding, whose K/V go where nobody reads them.
+
+    token_ids: [rows] int64; positions: [rows] int32; slots: [rows] int64; block_tables: [sequences, max_blocks] int32;
+    row_starts: [sequences + 1] int32; first_positions: [sequences] int32.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    block_tables: Tensor
+    row_starts: Tensor
+    first_positions: Tensor
+
+
+class PlainLinear:
+    """A linear layer on a device, computed by the vendor's library (cuBLAS).
+
+    Which of its kernels does depends on the number of rows, so a row's result may depend on it too.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self._bias = bias
+        self.weight_bytes = weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self._bias)
+
+
+Linear = PackedLinear | PanelLinear | PlainLinear
 
 
 class LinearFactory:
-    """Makes row-invariant linear layers; in bfloat16 it finds the row plan once per weight shape."""
+    """Makes linear layers: on a CPU row-invariant ones; in bfloat16 it finds the row plan once per weight shape."""
 
     def __init__(self) -> None:
         self._packing: bool | None = None
         self._plans: dict[tuple[torch.Size, bool], RowPlan | None] = {}
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if weight.device.type != "cpu":
+            return PlainLinear(weight, bias)
         if weight.dtype == torch.float32:
             return PanelLinear(weight, bias)
         if self._packing is None:
@@ -76,7 +112,7 @@ class LinearFactory:
 
     @property
     def row_invariant(self) -> bool:
-        """Every layer made so far has a row-invariant plan."""
+        """Every packed layer made so far has a row-invariant plan."""
         return all(plan is not None for plan in self._plans.values())
 
 
@@ -107,16 +143,20 @@ class Decoder:
             raise ConfigError("model", f"{sizes}: both must be multiples of 16 for the CPU kernels")
         self.spec = spec
         self.embedding = weights["model.embed_tokens.weight"]
+        self.kernels = choose_kernels(self.embedding.device)
         self.dtype = self.embedding.dtype
         head = self.embedding if spec.tie_word_embeddings else weights["lm_head.weight"]
         self.head_weight = head
         self._head = linear(head)
         self._norm = weights["model.norm.weight"]
-        self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_len)
+        self._cos, self._sin = (
+            table.to(self.embedding.device) for table in rope_tables(spec.rope, spec.head_dim, max_len)
+        )
         self._layers = [_make_layer(spec, weights, i, linear) for i in range(spec.num_layers)]
         matrices = [self._head, *(one for layer in self._layers for one in layer.matrices)]
-        self.weight_bytes = sum(matrix.weight_bytes for matrix in matrices)
-        """What a decode step reads: every matrix once, of the embedding table only a tied head. (Vectors are nothing.)"""
+        vectors = sum(shape[0] for shape in weight_shapes(spec).values() if len(shape) == 1)
+        self.weight_bytes = sum(matrix.weight_bytes for matrix in matrices) + vectors * self.dtype.itemsize
+        """What a decode step reads: every weight once, of the embedding table only a tied head."""
         self._k_caches: list[Tensor] = []
         self._v_caches: list[Tensor] = []
 
@@ -128,28 +168,32 @@ class Decoder:
         """Zeroed, because a masked position still takes part as 0 · value."""
         k_shape = (num_blocks, self.spec.num_kv_heads, self.spec.head_dim, block_size)
         v_shape = (num_blocks, self.spec.num_kv_heads, block_size, self.spec.head_dim)
-        self._k_caches = [_lazy_zeros(k_shape, self.dtype) for _ in range(self.spec.num_layers)]
-        self._v_caches = [_lazy_zeros(v_shape, self.dtype) for _ in range(self.spec.num_layers)]
+        device = self.embedding.device
+        self._k_caches = [_zeros(k_shape, self.dtype, device) for _ in range(self.spec.num_layers)]
+        self._v_caches = [_zeros(v_shape, self.dtype, device) for _ in range(self.spec.num_layers)]
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
         """Zero the K/V of these blocks, whatever was in them."""
-        index = torch.tensor(blocks, dtype=torch.int64)
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.embedding.device)
         for cache in (*self._k_caches, *self._v_caches):
             cache[index] = 0
 
-    def forward(self, batch: FlatBatch, feature_layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, batch: FlatBatch | DeviceBatch, feature_layers: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """→ final-normed hidden states [rows, hidden], and the outputs of `feature_layers` [rows, layers · hidden]
 
         side by side (the residual stream after each layer, before any final norm), or None without any.
         """
-        spec, eps = self.spec, self.spec.rms_norm_eps
+        spec, eps, kernels = self.spec, self.spec.rms_norm_eps, self.kernels
         scale = spec.head_dim**-0.5
-        residual = self.embedding[torch.from_numpy(batch.token_ids)].float()
-        normed = rms_norm(residual, self._layers[0].input_norm, eps)
+        token_ids = torch.as_tensor(batch.token_ids)
+        residual = self.embedding[token_ids].float()
+        normed = kernels.rms_norm(residual, self._layers[0].input_norm, eps)
         features: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = self._k_caches[index], self._v_caches[index]
-            q = rope_kv_write(
+            q = kernels.rope_kv_write(
                 layer.qkv(normed),
                 batch.positions,
                 batch.slots,
@@ -162,16 +206,16 @@ class Decoder:
                 eps,
             )
             tables, starts, firsts = batch.block_tables, batch.row_starts, batch.first_positions
-            attended = paged_attention(q, k_cache, v_cache, tables, starts, firsts, scale, layer.window)
-            attended = layer.output(attended.view(len(batch.token_ids), -1))
-            normed = add_rms_norm(attended, residual, layer.mlp_norm, eps)
-            hidden = layer.down(silu_mul(layer.gate_up(normed)))
+            attended = kernels.paged_attention(q, k_cache, v_cache, tables, starts, firsts, scale, layer.window)
+            attended = layer.output(attended.view(len(token_ids), -1))
+            normed = kernels.add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            hidden = layer.down(kernels.silu_mul(layer.gate_up(normed)))
             last = index + 1 == len(self._layers)
             next_norm = self._norm if last else self._layers[index + 1].input_norm
-            normed = add_rms_norm(hidden, residual, next_norm, eps)
+            normed = kernels.add_rms_norm(hidden, residual, next_norm, eps)
             if index in feature_layers:
                 features[index] = residual.to(self.dtype, copy=True)
-        wanted = [self.embedding[torch.from_numpy(batch.token_ids)] if i < 0 else features[i] for i in feature_layers]
+        wanted = [self.embedding[token_ids] if i < 0 else features[i] for i in feature_layers]
         return normed, torch.cat(wanted, dim=1) if wanted else None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -179,8 +223,10 @@ class Decoder:
         return self._head(hidden)
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages are backed by memory when first written: numpy asks for them unfilled, torch fills them."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the pages are backed by memory when first written: numpy asks for them unfilled, torch fills them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(shape, np.int16 if dtype.itemsize == 2 else np.int32)).view(dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -51,6 +52,26 @@ def load_weights(
     """
     report = None if progress is None else lambda done, total: progress("target_weights", done, total)
     return TensorFolder(folder, "model").load(weight_shapes(spec), dtype, ignored=_harmless, progress=report)
+
+
+class OnDevice(Mapping[str, torch.Tensor]):
+    """Weights that go to `device` each time they are asked for, and are not kept there.
+
+    Models fuse layers, which copies them: the parts of all layers beside the whole would take the device's memory twice.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def _harmless(name: str) -> bool:

@@ -22,7 +22,7 @@ def choose(width: DraftWidth, slot_s: float) -> int:
 
 
 def test_whole_blocks_are_drafted_until_each_slot_was_seen_once() -> None:
-    width = DraftWidth(BLOCK)
+    width = DraftWidth(BLOCK, 1)
     assert choose(width, 1.0) == BLOCK
     width.learn(*blocks(8, 0.5, width=3), np.zeros(BLOCK))
     assert choose(width, 1.0) == BLOCK
@@ -31,7 +31,7 @@ def test_whole_blocks_are_drafted_until_each_slot_was_seen_once() -> None:
 
 
 def test_the_width_is_where_a_slot_stops_paying() -> None:
-    width = DraftWidth(BLOCK)
+    width = DraftWidth(BLOCK, 1)
     width.learn(*blocks(64, 0.5), np.zeros(BLOCK))
     # 4 blocks, 0.5^k tokens each; a slot costs 100 · 1 ms = 0.1 tokens: 4 · 0.5^5 pays, 4 · 0.5^6 does not
     assert choose(width, 0.001) == 5
@@ -40,15 +40,21 @@ def test_the_width_is_where_a_slot_stops_paying() -> None:
 
 
 def test_a_slot_whose_row_costs_the_target_more_than_it_brings_is_not_drafted() -> None:
-    width = DraftWidth(BLOCK)
+    width = DraftWidth(BLOCK, 1)
     row_price = np.array([0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
     for _ in range(2):
         width.learn(*blocks(64, 0.9), row_price)
     assert choose(width, 0.02) == 3  # 4 · (0.9^5 + …) would pay for slot 4 in passing, were a slot cheaper
 
 
+def test_where_narrow_blocks_cannot_be_had_whole_ones_are_drafted() -> None:
+    width = DraftWidth(BLOCK, BLOCK)
+    width.learn(*blocks(64, 0.5), np.zeros(BLOCK))
+    assert choose(width, 1.0) == BLOCK
+
+
 def test_now_and_then_a_whole_block_shows_what_the_last_slots_are_worth_now() -> None:
-    width = DraftWidth(BLOCK)
+    width = DraftWidth(BLOCK, 1)
     width.learn(*blocks(64, 0.3), np.zeros(BLOCK))
     chosen = []
     for _ in range(40 * WIDE_PERIOD_STEPS):

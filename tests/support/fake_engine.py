@@ -46,6 +46,7 @@ def tiny_info(**overrides: object) -> EngineInfo:
         "drafter_name": "scripted",
         "device": "cpu",
         "dtype": "float32",
+        "kernels": "cpu",
         "threads": 1,
         "block_size": 16,
         "num_blocks": NUM_BLOCKS,

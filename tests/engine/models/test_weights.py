@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES, tiny_model, write_tiny_model
 
 from dspark.engine.errors import ConfigError
 from dspark.engine.models.spec import read_spec
-from dspark.engine.models.weights import load_weights, weight_shapes
+from dspark.engine.models.weights import OnDevice, load_weights, weight_shapes
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -140,3 +140,13 @@ def test_a_folder_without_weights_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"has neither model\.safetensors nor"):
         load(folder)
+
+
+def test_weights_go_to_a_device_one_by_one_and_do_not_stay() -> None:
+    on_cpu = {"a": torch.ones(2), "b": torch.ones(3)}
+    weights = OnDevice(on_cpu, torch.device("meta"))
+    assert [tensor.device.type for tensor in weights.values()] == ["meta", "meta"]
+    assert weights["a"] is not weights["a"]
+    assert weights.get("c") is None
+    assert [tensor.device.type for tensor in on_cpu.values()] == ["cpu", "cpu"]
+    assert OnDevice(on_cpu, torch.device("cpu"))["a"] is on_cpu["a"]
