@@ -25,7 +25,7 @@ GEMM_FLAGS = (
 )
 """Processor features that decide which matrix kernels run."""
 
-PACKAGES = ("dspark-server", "torch", "transformers", "numba", "numpy")
+PACKAGES = ("dspark-server", "torch", "triton", "transformers", "numba", "numpy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,23 +74,24 @@ class Slices:
         self, engine: Engine, prompts: Sequence[tuple[int, ...]], params: SamplingParams, slice_s: float
     ) -> None:
         """slice_s: how long a slice counts tokens (closed loop), or requests arrive (open loop)."""
+        self.steps: list[StepFacts] = []
+        """Of the slice that ran last, its beginning and end included."""
         self._engine = engine
         self._slice_s = slice_s
         self._prompts = prompts
         self._params = params
-        self._steps: list[StepFacts] = []
 
     async def run(self, load: Load, mode: Mode, repeat: int) -> Slice:
         self._engine.controller.mode = mode
-        self._steps = []
-        self._engine.on_step[:] = [self._steps.append]
+        self.steps = []
+        self._engine.on_step[:] = [self.steps.append]
         salt = f"{load} {mode} {repeat}".encode()
         answers: Answers = {}
         if load.clients:
             speed = await self._closed(load.clients, repeat, salt, answers)
         else:
             speed = await self._open(load.rate_per_s or 0.0, repeat, salt, answers)
-        steps = self._steps
+        steps = self.steps
         decodes = [s for s in steps if s.phase is Phase.VERIFY] or steps
         return Slice(
             load=load,
@@ -134,9 +135,9 @@ class Slices:
 
         tasks = [asyncio.create_task(client(index)) for index in range(clients)]
         await asyncio.gather(*(event.wait() for event in started))
-        first, started_s = len(self._steps), time.perf_counter()
+        first, started_s = len(self.steps), time.perf_counter()
         await asyncio.sleep(self._slice_s)
-        tokens, seconds = sum(s.generated for s in self._steps[first:]), time.perf_counter() - started_s
+        tokens, seconds = sum(s.generated for s in self.steps[first:]), time.perf_counter() - started_s
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
