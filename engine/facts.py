@@ -53,6 +53,7 @@ class StepFacts:
     sample_s: float = 0.0  # part of verify_s outside the target forward
     draft_s: float = 0.0  # context injection + draft block + its sampling
     transfer_s: float = 0.0  # copies to and from a device
+    host_sampled_rows: int = 0  # rows that a device computed and could not sample
     commit_s: float = 0.0
     predicted_step_s: float = 0.0
     plain_estimate_s: float = 0.0  # cost model's time for plain decoding of the tokens this step gave

@@ -261,6 +261,8 @@ class StepResult:
     inject_s: float
     draft_s: float
     transfer_s: float = 0.0
+    host_sampled_rows: int = 0
+    """Of those that a device computed: sampled on the host, since the device cannot."""
 
     @property
     def worker_s(self) -> float:

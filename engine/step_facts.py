@@ -81,6 +81,7 @@ def describe_step(facts: StepFacts, batch: Batch, allocation: Allocation, result
     facts.sample_s = result.sample_s
     facts.draft_s = result.inject_s + result.draft_s
     facts.transfer_s = result.transfer_s
+    facts.host_sampled_rows = result.host_sampled_rows
     facts.predicted_step_s = allocation.predicted_step_s
     facts.plain_estimate_s = allocation.plain_estimate_s(facts.accepted)
     facts.price_tokens_per_s = allocation.price

@@ -267,6 +267,9 @@ class StepMetrics:
         self._prefix_hit = families.total("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.")
         self._evicted = families.total("kv_cache_evicted_blocks", "Cached blocks dropped to make room.")
         self._preemptions = families.total("preemptions", "Running requests pushed back for lack of KV.")
+        self._host_sampled = families.total(
+            "host_sampled_rows", "Rows that a device computed and the host had to sample."
+        )
         self._generated = families.total("generated_tokens", "Output tokens.")
         self._first = families.total("first_tokens", "Tokens sampled by the step that ended a prefill.")
         self._init_speculation(families, max_draft_tokens)
@@ -373,6 +376,7 @@ class StepMetrics:
         _add(self._prefix_hit, facts.prompt_cached)
         _add(self._evicted, facts.evicted_blocks)
         _add(self._preemptions, facts.preemptions)
+        _add(self._host_sampled, facts.host_sampled_rows)
         _add(self._generated, facts.generated)
         _add(self._first, facts.first_tokens)
 

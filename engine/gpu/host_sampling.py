@@ -45,8 +45,6 @@ class HostSampling:
 
     def __init__(self, stop_token_ids: frozenset[int], vocab_size: int) -> None:
         """stop_token_ids: the model's own ends of text."""
-        self.rows = 0
-        """Rows sampled here so far."""
         self._warned = False
         self._stop_token_ids = stop_token_ids
         self._noise = NoiseCache(vocab_size)
@@ -116,7 +114,6 @@ class HostSampling:
             begin = block.stop
             sequence = sequences[place]
             tokens[block], rounds[sequence.id] = self._round(sequence, fed[block][1:], logits[block])
-        self.rows += len(at)
         done.tokens.index_copy_(0, index, torch.from_numpy(tokens).to(done.tokens.device))
         return rounds
 

@@ -328,6 +328,7 @@ class GpuRunner:
             inject_s=0.0,
             draft_s=draft_s,
             transfer_s=up_s + down_s,
+            host_sampled_rows=sum(round_.verified + 1 for round_ in pending.host_rounds.values()),
         )
 
     def _next_draft(self, sequence: Sequence, host: Mapping[str, Array], place: int) -> NextDraft:

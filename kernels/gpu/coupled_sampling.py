@@ -442,7 +442,7 @@ def accept_drafts(
 
 def configurations() -> list[Configuration]:
     params = {"temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32"}
-    logits = {"logits": "*bf16", "stride": "i32"}
+    logits = {"logits": "*fp32", "stride": "i32"}  # sums of bfloat16 products, not rounded again
     noise = {"keys": "*i64", "positions": "*i64"}
     tiles = {"best_values": "*fp32", "best_tokens": "*i32"}
     row = {"highest": "*fp32", "bounds": "*fp32", "counts": "*i32"}
