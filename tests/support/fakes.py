@@ -188,12 +188,15 @@ class RandomAllocation(LoadController):
         room = min(int(np.minimum(load.proposed, load.caps).sum()), load.draft_room)
         draft_next = self._random.random(len(load.sequence_ids)) < 0.8
         draft_new = bool(self._random.random() < 0.8)
+        narrow = self._random.random() < 0.3
         return replace(
             allocation,
             budget=int(self._random.integers(0, room + 1)),
             draft_next=draft_next,
             draft_new=draft_new,
-            draft_width=int(self._random.integers(1, self.block_size + 1)),
+            draft_width=int(self._random.integers(1, self.block_size))
+            if narrow and self.block_size > 1
+            else self.block_size,
             plain_reason=[None if drafted else PlainReason.LOW_ACCEPTANCE for drafted in draft_next.tolist()],
             plain_reason_new=None if draft_new else PlainReason.LOW_ACCEPTANCE,
         )
