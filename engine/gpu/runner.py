@@ -196,6 +196,7 @@ class GpuRunner:
 
         Scribbles over the K/V pool, so only before the first step.
         """
+        rows = min(rows, self._sequence_rungs[-1] * self._max_model_len)  # no step has more
         chunk = max(chunk, -(-rows // self._sequence_rungs[-1]))
         sizes = self._plans.chunks(rows, min(context_tokens, self._max_model_len - chunk), chunk)
         padding = self._padding(sizes)

@@ -442,7 +442,6 @@ def accept_drafts(
 
 def configurations() -> list[Configuration]:
     params = {"temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32"}
-    logits = {"logits": "*fp32", "stride": "i32"}  # sums of bfloat16 products, not rounded again
     noise = {"keys": "*i64", "positions": "*i64"}
     tiles = {"best_values": "*fp32", "best_tokens": "*i32"}
     row = {"highest": "*fp32", "bounds": "*fp32", "counts": "*i32"}
@@ -454,15 +453,23 @@ def configurations() -> list[Configuration]:
         "accepted": "*i32",
         "next_tokens": "*i64",
     }
-    scan = logits | params | noise | tiles | {"maxima": "*fp32", "vocab": "i32"}
+    stride = {"stride": "i32"}
+    scan = stride | params | noise | tiles | {"maxima": "*fp32", "vocab": "i32"}
     bound = params | {"maxima": "*fp32"} | row | {"groups": "i32", "vocab": "i32"}
-    collect = logits | params | row | listed | {"unit": "fp32", "vocab": "i32"}
-    choose = logits | params | noise | tiles | {"highest": "*fp32", "counts": "*i32"} | listed
+    collect = stride | params | row | listed | {"unit": "fp32", "vocab": "i32"}
+    choose = stride | params | noise | tiles | {"highest": "*fp32", "counts": "*i32"} | listed
     choose |= {"out": "*i64", "unit": "fp32", "tiles": "i32", "vocab": "i32"}
+    reading_logits = (
+        (_scan, scan, _SCAN, _OPTIONS),
+        (_collect, collect, _COLLECT, _OPTIONS),
+        (_choose, choose, _CHOOSE, _CHOOSE_OPTIONS),
+    )
     return [
-        Configuration(_scan, scan, _SCAN, **_OPTIONS),
         Configuration(_bound, bound, _BOUND, **_OPTIONS),
-        Configuration(_collect, collect, _COLLECT, **_OPTIONS),
-        Configuration(_choose, choose, _CHOOSE, **_CHOOSE_OPTIONS),
         Configuration(_accept, accept, _ACCEPT, num_warps=1),
+        *(
+            Configuration(kernel, {"logits": logits} | signature, constants, **options)
+            for kernel, signature, constants, options in reading_logits
+            for logits in ("*fp32", "*bf16")  # a step's are sums of bfloat16 products, not rounded again
+        ),
     ]

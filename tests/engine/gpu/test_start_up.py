@@ -129,6 +129,9 @@ def test_every_size_is_run_before_the_first_step_and_costs_are_measured(
     timer = DevicePassTimer(runner)
     assert all(timer.verify_s(rows, 100) > 0 for rows in (1, 7, 40))
     assert timer.draft_s(3) > 0
+    longest = runner.decoder.spec.max_position
+    alone, _ = open_host_runner(replace(config, max_num_seqs=1, max_num_batched_tokens=longest + 50), num_blocks=4)
+    assert DevicePassTimer(alone).verify_s(longest + 50, 100) > 0  # of as many rows as one sequence can have
     plain, _ = open_host_runner(replace(config, drafter="none"), num_blocks=4)
     assert DevicePassTimer(plain).draft_s(1) == 0.0
     assert runner.drafter is not None
