@@ -45,6 +45,7 @@ def options(*flags: str) -> argparse.Namespace:
     return parser.parse_args([*QUICK, "--concurrency", "4", *flags])
 
 
+@pytest.mark.slow
 def test_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--concurrency", "1,3", "--slice-s", "0.3", "--repeats", "1", "--json", str(tmp_path / "out.json")]
     assert gpu.main([*QUICK, *flags]) == 0
@@ -149,7 +150,10 @@ def _shape_of(weights: RandomWeights, name: str) -> Tensor:
     return torch.empty(weights._shapes[name], dtype=torch.bfloat16, device=META)
 
 
-@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-8B", "Qwen3-14B"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("Qwen3-4B", marks=pytest.mark.slow), "Qwen3-8B", pytest.param("Qwen3-14B", marks=pytest.mark.slow)],
+)
 def test_at_published_sizes_every_captured_step_runs_without_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device whatever would wait for a value raises, the coins included."""
     model, config = MODELS[name], gpu._config(MODELS[name], options("--concurrency", "16", "--max-tokens", "256"))

@@ -156,9 +156,9 @@ def test_same_tokens_in_a_small_pool_with_drafts_of_any_length(
     [
         ("lookup", "adaptive", 16),
         ("dspark+lookup", "any lengths", 32),
-        ("draft_model", "any lengths", 32),
-        ("draft_model+lookup", "fixed", 32),
-        ("eagle3", "any lengths", 40),
+        pytest.param("draft_model", "any lengths", 32, marks=pytest.mark.slow),
+        pytest.param("draft_model+lookup", "fixed", 32, marks=pytest.mark.slow),
+        pytest.param("eagle3", "any lengths", 40, marks=pytest.mark.slow),
     ],
 )
 def test_same_tokens_with_real_drafters(
@@ -363,7 +363,7 @@ def counted(works: Callable[..., Any], fails: Callable[[int], bool]) -> Callable
     return call
 
 
-@pytest.mark.parametrize("drafter", ["lookup", "draft_checkpoint", "draft_model"])
+@pytest.mark.parametrize("drafter", ["lookup", "draft_checkpoint", pytest.param("draft_model", marks=pytest.mark.slow)])
 def test_steps_that_fail_before_or_behind_another_change_no_answer(
     reference: Reference, open_engine: OpenEngine, request: pytest.FixtureRequest, drafter: str
 ) -> None:
