@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 MEMORY_BLOCKS = 128.0
 WIDE_PERIOD_STEPS = 32
-"""One drafting in so many is of whole blocks: what the last slots are worth must be seen now and then."""
+"""One step in so many drafts whole blocks, if any: what the last slots are worth must be seen now and then."""
 
 
 class DraftWidth:

@@ -83,16 +83,23 @@ def store_as(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
         if signature.args[0].dtype == types.float32:
             builder.store(args[2], pointer)
             return context.get_dummy_value()
-        i32 = ir.IntType(32)
-        bits = builder.bitcast(args[2], i32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))
-        is_nan = builder.fcmp_unordered("uno", args[2], args[2])
-        chosen = builder.select(is_nan, ir.Constant(i32, 0x7FC00000), rounded)
-        builder.store(builder.trunc(builder.lshr(chosen, ir.Constant(i32, 16)), ir.IntType(16)), pointer)
+        builder.store(_bfloat16_bits(builder, args[2], ir.IntType(32), ir.IntType(16)), pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.float32), codegen
+
+
+def _bfloat16_bits(builder: Any, value: Any, words: Any, halves: Any) -> Any:
+    """float32 -> bfloat16 bits, to nearest even; words, halves: types of 32 and 16 bits, scalar or vector as `value`."""
+
+    def integer(number: int) -> Any:
+        return ir.Constant(words, [number] * words.count if isinstance(words, ir.VectorType) else number)
+
+    bits = builder.bitcast(value, words)
+    odd = builder.and_(builder.lshr(bits, integer(16)), integer(1))
+    rounded = builder.add(bits, builder.add(odd, integer(0x7FFF)))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), integer(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(chosen, integer(16)), halves)
 
 
 def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
@@ -112,10 +119,14 @@ def _vector_load(builder: Any, array_type: Any, data: Any, offset: Any) -> Any:
 
 
 def _broadcast(builder: Any, data: Any, offset: Any) -> Any:
-    scalar = builder.load(builder.gep(data, [offset]), align=4)
-    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+    return _splat(builder, builder.load(builder.gep(data, [offset]), align=4))
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    """The scalar in every lane."""
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -371,15 +382,7 @@ def _vector_store(builder: Any, array_type: Any, data: Any, offset: Any, value: 
         builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
         return
     words, halves = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(ir.IntType(16), LANES)
-
-    def integers(number: int) -> Any:
-        return ir.Constant(words, [number] * LANES)
-
-    bits = builder.bitcast(value, words)
-    odd = builder.and_(builder.lshr(bits, integers(16)), integers(1))
-    rounded = builder.add(bits, builder.add(odd, integers(0x7FFF)))
-    chosen = builder.select(builder.fcmp_unordered("uno", value, value), integers(0x7FC00000), rounded)
-    narrow = builder.trunc(builder.lshr(chosen, integers(16)), halves)
+    narrow = _bfloat16_bits(builder, value, words, halves)
     builder.store(narrow, builder.bitcast(pointer, halves.as_pointer()), align=2)
 
 
@@ -389,15 +392,10 @@ def exp_below(typing_context: Any, values: Any, begin: Any, end: Any, highest: A
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = _data(context, builder, signature.args[0], args[0])
-        undefined, lanes = (
-            ir.Constant(_VECTOR, ir.Undefined),
-            ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES),
-        )
-        first = builder.insert_element(undefined, args[3], ir.Constant(ir.IntType(32), 0))
-        highest_of_all = builder.shuffle_vector(first, undefined, lanes)
+        highest = _splat(builder, args[3])
         with cgutils.for_range(builder, builder.lshr(builder.sub(args[2], args[1]), _constant(4))) as loop:
             at = builder.add(args[1], builder.shl(loop.index, _constant(4)))
-            value = builder.fsub(_vector_load(builder, signature.args[0], data, at), highest_of_all)
+            value = builder.fsub(_vector_load(builder, signature.args[0], data, at), highest)
             _vector_store(builder, signature.args[0], data, at, _exp(builder, value))
         return context.get_dummy_value()
 
