@@ -32,6 +32,7 @@ from dspark.engine.models.decoder import Linear, LinearFactory
 from dspark.engine.models.spec import read_spec
 from dspark.engine.models.weights import load_weights
 from dspark.engine.startup import choose_dtype
+from dspark.kernels.cpu import set_threads
 from dspark.kernels.packed_linear import PackedLinear, RowPlan
 from dspark.server.app import create_app
 from dspark.server.service import ServerSettings, Service
@@ -158,7 +159,7 @@ def vars_of(spread: Spread) -> dict[str, float]:
 
 def measure_invariance(repeats: int) -> dict[str, float]:
     """All linear layers of the default model at one row: the plan in use against all of oneDNN's, best one per shape."""
-    torch.set_num_threads(1)
+    set_threads(1)
     folder = locate_model(None).folder
     spec = read_spec(folder)
     dtype = choose_dtype(EngineConfig())

@@ -35,6 +35,7 @@ from dspark.engine.load_controller import LoadController
 from dspark.engine.models.decoder import Decoder, LinearFactory, PlainLinear
 from dspark.engine.noise import sequence_key
 from dspark.engine.startup import PROFILE_CONTEXT_TOKENS, EngineParts, choose_dtype
+from dspark.kernels.cpu import set_threads
 
 Progress = Callable[[str, int, int], None]
 RECORDED_TEXTS = 16
@@ -123,7 +124,7 @@ def _open_parts(
     model: Model, config: EngineConfig, profile: Sequence[float], progress: Progress
 ) -> tuple[EngineParts, Acceptance]:
     torch.set_grad_enabled(False)
-    torch.set_num_threads(config.threads or 1)
+    set_threads(config.threads or 1)
     device = choose_device(config)
     on_cpu = device.type == "cpu"
     dtype = choose_dtype(config, device.type)

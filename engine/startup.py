@@ -44,6 +44,7 @@ from dspark.engine.noise import NoiseCache, Stream
 from dspark.engine.request import SamplingParams
 from dspark.engine.runner import Runner
 from dspark.engine.sampling import Sampler, SampleRow, SamplingState
+from dspark.kernels.cpu import set_threads
 from dspark.kernels.dispatch import Kernels, choose_kernels
 from dspark.kernels.gumbel_noise import gumbel_noise
 
@@ -103,7 +104,7 @@ def start_up(config: EngineConfig, progress: Progress | None = None) -> EnginePa
     kernels = _kernels_for(device)
     log.info("kernels: %s", kernels.name)
     threads = config.threads or max(1, (os.cpu_count() or 1) - 1)
-    torch.set_num_threads(threads)
+    set_threads(threads)
     torch.set_grad_enabled(False)
     clock = _PhaseClock()
     files = locate_model(config.model, config.cache_dir, progress)

@@ -48,6 +48,13 @@ def cpu_kernel(function: Callable[..., None]) -> Callable[..., None]:
     return launch
 
 
+def set_threads(count: int) -> None:
+    """Threads of the kernels and of torch's operators that the calling thread starts."""
+    # in this order: with its own threads numba starts OpenMP on all cores in the calling thread, torch's operators included
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    torch.set_num_threads(count)
+
+
 def like(tensor: torch.Tensor) -> NDArray[Any]:
     """An empty array that tells a kernel the element type of the addresses beside it."""
     return _LIKE[tensor.dtype]

@@ -26,6 +26,7 @@ from dspark.engine.models.spec import read_spec
 from dspark.engine.models.weights import load_weights
 from dspark.engine.noise import NoiseCache
 from dspark.engine.startup import choose_dtype
+from dspark.kernels.cpu import set_threads
 from dspark.training.answers import (
     LONGEST_PROMPT,
     Answer,
@@ -79,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     """Raises ConfigError."""
     check_matplotlib()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     files = locate_model(args.target)
     if args.answers:
         answers = recorded_answers(args.answers, args.temperatures)

@@ -29,6 +29,7 @@ from dspark.engine.models.decoder import Decoder, LinearFactory
 from dspark.engine.models.spec import ModelSpec, read_spec
 from dspark.engine.models.weights import load_weights
 from dspark.engine.startup import choose_dtype
+from dspark.kernels.cpu import set_threads
 from dspark.training.answers import (
     LONGEST_PROMPT,
     Answer,
@@ -156,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
     device = training_device(args.device)
     if draws:
         check_matplotlib()
-    torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     files = locate_model(args.target)
     target = read_spec(files.folder)
     check_options(args, target)

@@ -32,7 +32,7 @@ def test_all_claims_but_those_about_time_hold_in_a_short_run(
         "--seconds",
         "4",
         "--overload",
-        "4",
+        "8",
         "--failure-every",
         "1.5",
     ]
