@@ -32,7 +32,7 @@ from dspark.engine.gpu.runner import GpuRunner
 from dspark.engine.gpu.start_up import DevicePassTimer, allocate, choose_device, make_runner, rows_are_invariant
 from dspark.engine.kv_cache import BLOCK_SIZE, blocks_for
 from dspark.engine.load_controller import LoadController
-from dspark.engine.models.decoder import Decoder, LinearFactory, PlainLinear
+from dspark.engine.models.decoder import Decoder, LinearFactory
 from dspark.engine.noise import sequence_key
 from dspark.engine.startup import PROFILE_CONTEXT_TOKENS, EngineParts, choose_dtype
 from dspark.kernels.cpu import set_threads
@@ -170,8 +170,6 @@ def _open_models(
     )
     if device.type != "cpu":
         return decoder, drafter
-    assert drafter.markov is not None
-    drafter.markov._w2 = PlainLinear(weights["markov_head.markov_w2.weight"])  # as a device's layers are
     return HostTarget(decoder), HostDrafter(drafter)  # type: ignore[return-value]
 
 

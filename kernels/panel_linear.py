@@ -34,7 +34,7 @@ MOST_ROWS = 6
 
 
 @inner
-def _tile(x, x_offset, size, panels, panel_offset, sums, rows, ahead, step):
+def panel_tile(x, x_offset, size, panels, panel_offset, sums, rows, ahead, step):
     """1 to 6 rows by one panel: `sums` [6, 16]. ahead, step: what is fetched meanwhile."""
     if rows == 1:
         panel_tile_1(x, x_offset, size, panels, panel_offset, sums, ahead, step)
@@ -70,7 +70,7 @@ def _panel_linear(
                 tile = min(height, last - row)
                 # each tile fetches its share of the next panel: all of it in the first would hold that one up
                 ahead = (p + 1) * size * LANES + (row - first) // height * (size * LANES // tiles)
-                _tile(x, row * size, size, panels, p * size * LANES, sums, tile, ahead, LANES // tiles)
+                panel_tile(x, row * size, size, panels, p * size * LANES, sums, tile, ahead, LANES // tiles)
                 for m in range(tile):
                     base = (row + m) * out_size + p * LANES
                     for c in range(width):
@@ -88,7 +88,8 @@ class PanelLinear:
         kept = narrow if torch.equal(narrow.float(), weight) else weight
         padded = torch.nn.functional.pad(kept, (0, 0, 0, -self.out_features % LANES))
         self.weight_bytes = kept.nbytes
-        self._panels = padded.view(-1, LANES, self.in_features).transpose(1, 2).contiguous()
+        self.panels = padded.view(-1, LANES, self.in_features).transpose(1, 2).contiguous()
+        """[out / 16, in, 16] float32 or bfloat16."""
         self._bias = bias
         self._block = max(MOST_ROWS, BLOCK_BYTES // (4 * self.in_features) // MOST_ROWS * MOST_ROWS)
 
@@ -99,8 +100,8 @@ class PanelLinear:
         bias = self._bias
         _panel_linear(
             x.data_ptr(),
-            self._panels.data_ptr(),
-            like(self._panels),
+            self.panels.data_ptr(),
+            like(self.panels),
             0 if bias is None else bias.data_ptr(),
             bias is not None,
             out.data_ptr(),

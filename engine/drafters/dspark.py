@@ -27,9 +27,11 @@ from dspark.engine.config import VerificationMode
 from dspark.engine.drafters.draft_checkpoint import EMBEDDING, HEAD, DraftSpec
 from dspark.engine.drafters.drafter import Draft, DraftRow, Noise, widest
 from dspark.engine.errors import ConfigError
-from dspark.engine.models.decoder import Linear, LinearFactory, PlainLinear
+from dspark.engine.models.decoder import Linear, LinearFactory
 from dspark.engine.models.rope import rope_tables
 from dspark.kernels.dispatch import choose_kernels
+from dspark.kernels.markov_step import draw_slot
+from dspark.kernels.panel_linear import PanelLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +65,18 @@ class MarkovHead:
     def __init__(self, spec: DraftSpec, weights: Mapping[str, Tensor], linear: LinearFactory) -> None:
         self._kind = spec.markov
         self.w1 = weights["markov_head.markov_w1.weight"]
+        """[V, r]"""
         w2 = weights["markov_head.markov_w2.weight"]
-        self._w2 = linear(w2 if spec.draft_token_ids is None else w2[list(spec.draft_token_ids)])
+        self.w2 = w2 if spec.draft_token_ids is None else w2[list(spec.draft_token_ids)]
+        """[v, r]"""
         if self._kind == "gated":
             self._gate = linear.fused(weights, "markov_head.gate_proj")
         elif self._kind == "rnn":
             self._joint = linear.fused(weights, "markov_head.joint_proj")
 
-    @property
-    def w2_weight(self) -> Tensor:
-        """[v, r]; a device's layers keep it as it is."""
-        assert isinstance(self._w2, PlainLinear)
-        return self._w2.weight
-
     def embed(self, tokens: Tensor) -> Tensor:
         """w1 of the tokens: [...] int64 -> [..., r]."""
         return F.embedding(tokens, self.w1)
-
-    def bias(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bias of one slot [B, v], and the state for the next slot; arguments as for `transition`."""
-        mixed, state = self.transition(previous, hidden, state)
-        return self._w2(mixed), state
 
     def transition(self, previous: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What w2 is applied to in one slot [B, r], and the state for the next slot.
@@ -154,6 +147,7 @@ class DSparkDrafter:
         self.draft_ids: Tensor | None = None
         if spec.draft_token_ids is not None:
             self.draft_ids = torch.tensor(spec.draft_token_ids, device=embedding.device)
+        self._draft_ids = None if spec.draft_token_ids is None else np.array(spec.draft_token_ids, np.int64)
         self.head = head
         if HEAD in weights:
             self.head = linear(weights[HEAD] if self.draft_ids is None else weights[HEAD][self.draft_ids])
@@ -166,6 +160,9 @@ class DSparkDrafter:
             weights, *(f"layers.{i}.self_attn.{name}_proj" for i in range(spec.num_layers) for name in "kv")
         )
         self.markov = MarkovHead(spec, weights, linear) if spec.markov else None
+        self._w2 = None  # of a CPU's draws, in the layout that they read
+        if self.markov is not None and embedding.device.type == "cpu":
+            self._w2 = PanelLinear(self.markov.w2.float())
         self._confidence: tuple[Tensor, Tensor] | None = None
         if spec.confidence_head:
             weight, bias = weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"]
@@ -309,28 +306,25 @@ class DSparkDrafter:
         Returns the tokens [B, w] and, in rejection mode, the distributions they were drawn from [B, w, V].
         """
         sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
-        scale = self.spec.sampling_scale
-        temperatures = torch.tensor([[rows[i].temperature * scale] for i in sampled], device=logits.device)
+        temperatures = np.array([row.temperature * self.spec.sampling_scale for row in rows], np.float32)
         width = logits.shape[1]
         noise = self._block_noise([rows[i] for i in sampled], width) if sampled else None
+        scores = logits.float()
         tokens: list[Tensor] = []
         distributions: list[Tensor] = []
         previous, state = anchors, None
         for k in range(width):
-            scores = logits[:, k].float()
+            mixed = None
             if self.markov is not None:
-                bias, state = self.markov.bias(self.markov.embed(previous), hidden[:, k], state)
-                scores += bias
-            if noise is not None:
-                scaled = scores[sampled] / temperatures
-                scores[sampled] = scaled + noise[:, k]
-            best = scores.argmax(dim=-1)
+                mixed, state = self.markov.transition(self.markov.embed(previous), hidden[:, k], state)
+            slot_noise = None if noise is None else noise[:, k]
+            best = torch.from_numpy(draw_slot(scores[:, k], mixed, self._w2, temperatures, slot_noise, self._draft_ids))
             previous = best if self.draft_ids is None else self.draft_ids[best]
             tokens.append(previous)
             if self._verification == "rejection":
                 distribution = F.one_hot(best, scores.shape[-1]).float()
-                if noise is not None:
-                    distribution[sampled] = scaled.softmax(dim=-1)
+                divisors = torch.from_numpy(temperatures[sampled])[:, None]
+                distribution[sampled] = (scores[sampled, k] / divisors).softmax(dim=-1)
                 distributions.append(self._over_vocabulary(distribution))
         return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1) if distributions else None
 
@@ -342,14 +336,11 @@ class DSparkDrafter:
         return zeros.index_copy_(1, self.draft_ids, distribution)
 
     def _block_noise(self, rows: Sequence[DraftRow], width: int) -> Tensor:
-        """Noise of the positions that each block predicts, [rows, w, v]."""
+        """Noise of the positions that each block predicts, [rows, w, V]."""
         keys = np.array([row.noise_key for row in rows], np.uint64).repeat(width)
         rounds = np.array([row.position for row in rows], np.int64).repeat(width)
         positions = rounds + np.tile(np.arange(1, width + 1), len(rows))
-        noise = self._noise(keys, positions, rounds)
-        if self.draft_ids is not None:
-            noise = noise[:, self.draft_ids]
-        return noise.view(len(rows), width, -1)
+        return self._noise(keys, positions, rounds).view(len(rows), width, -1)
 
     def log_odds(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """hidden: [B, w, d]; previous: [B, w], the token before each slot's -> [B, w] float32; 0 without a head."""

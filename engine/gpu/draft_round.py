@@ -84,7 +84,7 @@ def _draw(
         w1 = hidden.new_zeros((drafter.spec.vocab_size, 1))
         w2, transition = hidden.new_zeros((logits.shape[-1], 1)), None
     else:
-        w1, w2 = markov.w1, markov.w2_weight
+        w1, w2 = markov.w1, markov.w2
         transition = None if drafter.spec.markov == "vanilla" else _Transition(markov, hidden)
     ahead = torch.arange(1, drafter.block_size + 1, device=first.device)
     return kernels.markov_block(

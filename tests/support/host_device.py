@@ -17,12 +17,11 @@ from torch import Tensor
 from dspark.benchmarks.host_device import HostDrafter, HostTarget, MarkovBlock, host_kernels
 from dspark.engine import Engine, EngineConfig, Request
 from dspark.engine.calibration import Calibration
-from dspark.engine.drafters.draft_checkpoint import load_draft_weights
 from dspark.engine.drafters.dspark import DSparkDrafter
 from dspark.engine.drafters.open_drafter import open_drafter
 from dspark.engine.gpu.runner import GpuRunner
 from dspark.engine.load_controller import LoadController
-from dspark.engine.models.decoder import Decoder, LinearFactory, PlainLinear
+from dspark.engine.models.decoder import Decoder, LinearFactory
 from dspark.engine.models.spec import read_spec
 from dspark.engine.models.weights import load_weights
 from dspark.engine.noise import sequence_key
@@ -73,14 +72,11 @@ def open_host_decoder(folder: Path) -> Decoder:
 
 
 def open_host_drafter(config: EngineConfig, decoder: Decoder) -> tuple[DSparkDrafter, Calibration]:
-    """The DSpark drafter of `config.drafter`, alone, with a Markov head that is not packed."""
+    """The DSpark drafter of `config.drafter`, alone."""
     drafter, calibration = open_drafter(
         replace(config, lookup=False), decoder, "tiny", decoder.spec.max_position, lambda *_: torch.empty(0)
     )
     assert isinstance(drafter, DSparkDrafter)
-    if drafter.markov is not None:
-        weights = load_draft_weights(Path(config.drafter), drafter.spec, decoder.dtype)
-        drafter.markov._w2 = PlainLinear(weights["markov_head.markov_w2.weight"])
     return drafter, calibration
 
 

@@ -108,20 +108,17 @@ def test_greedy_blocks_need_no_noise() -> None:
 
 
 class PlainLinear:
-    """Makes the engine's Markov head of plain products."""
-
-    def __call__(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        return partial(F.linear, weight=weight)
+    """Makes the gates of the engine's Markov head of plain products."""
 
     def fused(self, weights: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
         return partial(F.linear, weight=weights[f"{name}.weight"], bias=weights[f"{name}.bias"])
 
 
-def engines_head(kind: str, block: Block, w2: Tensor, hidden_size: int) -> MarkovHead:
+def engines_head(kind: str, block: Block, hidden_size: int) -> MarkovHead:
     rank = block.w1.shape[1]
     inputs, outputs = {"vanilla": (0, 0), "gated": (1, 1), "rnn": (2, 3)}[kind]
     generator = torch.Generator().manual_seed(3)
-    weights = {"markov_w1.weight": block.w1, "markov_w2.weight": w2}
+    weights = {"markov_w1.weight": block.w1, "markov_w2.weight": block.w2}
     for name in ("gate_proj", "joint_proj"):
         weights[f"{name}.weight"] = torch.randn(outputs * rank, inputs * rank + hidden_size, generator=generator) / 8
         weights[f"{name}.bias"] = torch.randn(outputs * rank, generator=generator) / 8
@@ -133,23 +130,22 @@ def engines_head(kind: str, block: Block, w2: Tensor, hidden_size: int) -> Marko
 def test_draws_what_the_engines_head_draws_with_its_state_from_slot_to_slot(kind: str) -> None:
     block = block_of(4, 4, 90, 16)
     hidden = torch.randn(4, 4, 24, generator=torch.Generator().manual_seed(1))
-    whole = engines_head(kind, block, block.w2, 24)
+    head = engines_head(kind, block, 24)
     previous, state, wanted = block.anchors, None, []
     for slot in range(4):
-        bias, state = whole.bias(whole.embed(previous), hidden[:, slot], state)
+        mixed, state = head.transition(head.embed(previous), hidden[:, slot], state)
         at = block.positions[:, slot].numpy()
         noise = torch.from_numpy(gumbel_noise(block.keys.numpy().view(np.uint64), at, np.zeros_like(at), 90))
-        scores = block.logits[:, slot] + bias
+        scores = block.logits[:, slot] + mixed @ block.w2.T
         sampled = (block.temperature > 0)[:, None]
         divisor = torch.where(sampled, block.temperature[:, None], 1.0)
         previous = torch.where(sampled, scores / divisor + noise, scores).argmax(dim=1)
         wanted.append(previous)
 
-    without_w2 = engines_head(kind, block, torch.eye(16), 24)
     states: list[Tensor | None] = [None]
 
     def transition(slot: int, rows: Tensor) -> Tensor:
-        x, after = without_w2.bias(rows, hidden[:, slot], states[slot])
+        x, after = head.transition(rows, hidden[:, slot], states[slot])
         states.append(after)
         return x
 
