@@ -9,8 +9,8 @@
     d_k = argmax(scores_k), or argmax(scores_k / temperature + noise(key, position_k));   ties to the lowest id
 
 transition(k, rows [B, r]) → [B, r] is the identity for a vanilla head; gated and rnn heads mix in the slot's hidden state.
-A CPU draws a slot a call: every panel of 16 ids is multiplied, corrected and compared while it is in registers, so scores
-are read and written once. Moves v·r elements of w2, and 8 to 12·B·v bytes per slot.
+On a CPU every panel of 16 ids is multiplied, corrected and compared while it is in registers, so scores are read and
+written once. Moves v·r elements of w2, and 8 to 12·B·v bytes per slot.
 Source: DSpark paper, the Markov head; DeepSpec's code.
 """
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from dspark.kernels.cpu import cpu_kernel, like, view
 from dspark.kernels.gumbel_noise import gumbel_noise
 from dspark.kernels.panel_linear import MOST_ROWS, PanelLinear, panel_tile
-from dspark.kernels.simd import LANES
+from dspark.kernels.simd import LANES, to_float
 
 Transition = Callable[[int, Tensor], Tensor]
 """transition(slot, w1 rows of the tokens before [B, r]) → [B, r]. Called for slots 0, 1, … in order."""
@@ -66,89 +66,113 @@ def markov_block_reference(
 
 
 @cpu_kernel
-def _draw_slot(
+def _draw_slots(
     scores_address,
-    stride,
+    row_stride,
+    slot_stride,
     rows,
+    slots,
     vocab,
-    x_address,
+    table_address,
+    table_like,
+    table_rows,
     rank,
+    source,
     panel_address,
     panel_like,
     temperature,
     noise_address,
-    noise_stride,
+    noise_strides,
     noise_rows,
     ids,
-    best_values,
-    best_ids,
+    tokens,
 ):
-    scores = view(scores_address, (rows - 1) * stride + vocab, np.empty(0, np.float32))
-    x = view(x_address, rows * rank, np.empty(0, np.float32))
-    panels = best_values.shape[0]
+    scores = view(scores_address, (rows - 1) * row_stride + (slots - 1) * slot_stride + vocab, np.empty(0, np.float32))
+    table = view(table_address, table_rows * rank, table_like)
+    panels = (vocab + LANES - 1) // LANES
     weights = view(panel_address, panels * rank * LANES, panel_like)
-    noise = view(noise_address, (noise_rows.max() + 1) * noise_stride, np.empty(0, np.float32))
-    for p in numba.prange(panels):
-        sums = np.zeros(MOST_ROWS * LANES, np.float32)
-        width = min(LANES, vocab - p * LANES)
-        for row in range(0, rows, MOST_ROWS):
-            tile = min(MOST_ROWS, rows - row)
-            if rank > 0:
-                panel_tile(x, row * rank, rank, weights, p * rank * LANES, sums, tile, (p + 1) * rank * LANES, LANES)
-            for m in range(tile):
-                base = (row + m) * stride + p * LANES
-                drawn_with = noise_rows[row + m]
-                best, best_id = np.float32(-np.inf), p * LANES
-                for c in range(width):
-                    value = scores[base + c] + sums[m * LANES + c]
-                    scores[base + c] = value
-                    if drawn_with >= 0:
-                        token = ids[p * LANES + c] if ids.size > 0 else p * LANES + c
-                        value = value / temperature[row + m] + noise[drawn_with * noise_stride + token]
-                    if value > best:
-                        best, best_id = value, p * LANES + c
-                best_values[p, row + m], best_ids[p, row + m] = best, best_id
+    noise_size = noise_rows.max() * noise_strides[0] + (slots - 1) * noise_strides[1] + noise_strides[2]
+    noise = view(noise_address, max(noise_size, 0), np.empty(0, np.float32))
+    x = np.empty(rows * rank, np.float32)
+    best_values, best_ids = np.empty((panels, rows), np.float32), np.empty((panels, rows), np.int64)
+    for slot in range(slots):
+        for row in range(rows):
+            for r in range(rank):
+                x[row * rank + r] = to_float(table[source[row] * rank + r])
+        for p in numba.prange(panels):
+            sums = np.zeros(MOST_ROWS * LANES, np.float32)
+            width = min(LANES, vocab - p * LANES)
+            for first in range(0, rows, MOST_ROWS):
+                tile = min(MOST_ROWS, rows - first)
+                if rank > 0:
+                    ahead = (p + 1) * rank * LANES
+                    panel_tile(x, first * rank, rank, weights, p * rank * LANES, sums, tile, ahead, LANES)
+                for m in range(tile):
+                    row = first + m
+                    base = row * row_stride + slot * slot_stride + p * LANES
+                    noise_base = noise_rows[row] * noise_strides[0] + slot * noise_strides[1]
+                    best, best_id = np.float32(-np.inf), p * LANES
+                    for c in range(width):
+                        value = scores[base + c] + sums[m * LANES + c]
+                        scores[base + c] = value
+                        if noise_rows[row] >= 0:
+                            token = ids[p * LANES + c] if ids.size > 0 else p * LANES + c
+                            value = value / temperature[row] + noise[noise_base + token]
+                        if value > best:
+                            best, best_id = value, p * LANES + c
+                    best_values[p, row], best_ids[p, row] = best, best_id
+        for row in range(rows):
+            chosen = 0
+            for p in range(1, panels):
+                if best_values[p, row] > best_values[chosen, row]:
+                    chosen = p
+            token = best_ids[chosen, row]
+            tokens[row, slot] = ids[token] if ids.size > 0 else token
+            source[row] = tokens[row, slot]
 
 
-def draw_slot(
+def draw_slots(
     scores: Tensor,
-    x: Tensor | None,
+    table: Tensor,
+    source: NDArray[np.int64],
     w2: PanelLinear | None,
     temperature: NDArray[np.float32],
     noise: Tensor | None = None,
     draft_ids: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
-    """One slot of the blocks on the CPU → which of the v ids each row draws, [B] int64.
+    """Consecutive slots of the blocks on the CPU → [B, slots] int64.
 
-    scores: [B, v] float32 with dense rows; the head's, on return with w2 · x added.  x: [B, r]; None and w2 None: no bias.
-    noise: [rows with temperature > 0, V] float32 with dense rows, in their order.
+    scores: [B, slots, v] float32 with dense rows; the head's, on return with w2 · x added.
+    table: [n, r] float32 or bfloat16, dense; x of the first slot are its rows `source` [B], of the next ones those of the
+    tokens just drawn: w1 where the head is a vanilla one, else one slot's x. r = 0 and w2 None: no correction.
+    noise: [rows with temperature > 0, slots, V] float32 with dense rows, in their order.
     """
-    rows, vocab = scores.shape
+    rows, slots, vocab = scores.shape
     sampled = temperature > 0
-    noise_rows = np.where(sampled, np.cumsum(sampled) - 1, -1)
-    panels = -(-vocab // LANES)
-    best_values, best_ids = np.empty((panels, rows), np.float32), np.empty((panels, rows), np.int64)
-    mixed = torch.empty((rows, 0)) if x is None else x.float().contiguous()
-    weights = mixed if w2 is None else w2.panels
-    _draw_slot(
+    tokens = np.empty((rows, slots), np.int64)
+    weights = table if w2 is None else w2.panels
+    _draw_slots(
         scores.data_ptr(),
         scores.stride(0),
+        scores.stride(1),
         rows,
+        slots,
         vocab,
-        mixed.data_ptr(),
-        mixed.shape[1],
+        table.data_ptr(),
+        like(table),
+        len(table),
+        table.shape[1],
+        source.copy(),
         weights.data_ptr(),
         like(weights),
         temperature,
         0 if noise is None else noise.data_ptr(),
-        0 if noise is None else noise.stride(0),
-        noise_rows,
+        (0, 0, 0) if noise is None else (noise.stride(0), noise.stride(1), noise.shape[2]),
+        np.where(sampled, np.cumsum(sampled) - 1, -1),
         _NO_IDS if draft_ids is None else draft_ids,
-        best_values,
-        best_ids,
+        tokens,
     )
-    drawn: NDArray[np.int64] = np.take_along_axis(best_ids, best_values.argmax(axis=0)[None], axis=0)[0]
-    return drawn
+    return tokens
 
 
 _NO_IDS = np.empty(0, np.int64)

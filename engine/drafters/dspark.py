@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from dspark.engine.errors import ConfigError
 from dspark.engine.models.decoder import Linear, LinearFactory
 from dspark.engine.models.rope import rope_tables
 from dspark.kernels.dispatch import choose_kernels
-from dspark.kernels.markov_step import draw_slot
+from dspark.kernels.markov_step import draw_slots
 from dspark.kernels.panel_linear import PanelLinear
 
 
@@ -310,30 +311,33 @@ class DSparkDrafter:
         width = logits.shape[1]
         noise = self._block_noise([rows[i] for i in sampled], width) if sampled else None
         scores = logits.float()
-        tokens: list[Tensor] = []
-        distributions: list[Tensor] = []
-        previous, state = anchors, None
-        for k in range(width):
-            mixed = None
-            if self.markov is not None:
+        draw = partial(draw_slots, w2=self._w2, temperature=temperatures, draft_ids=self._draft_ids)
+        if self.markov is None:
+            nothing = torch.empty((len(rows), 0))
+            tokens = draw(scores, nothing, anchors.numpy(), noise=noise)
+        elif self.spec.markov == "vanilla":
+            tokens = draw(scores, self.markov.w1, anchors.numpy(), noise=noise)
+        else:
+            tokens = np.empty((len(rows), width), np.int64)
+            previous, state, every_row = anchors, None, np.arange(len(rows))
+            for k in range(width):
                 mixed, state = self.markov.transition(self.markov.embed(previous), hidden[:, k], state)
-            slot_noise = None if noise is None else noise[:, k]
-            best = torch.from_numpy(draw_slot(scores[:, k], mixed, self._w2, temperatures, slot_noise, self._draft_ids))
-            previous = best if self.draft_ids is None else self.draft_ids[best]
-            tokens.append(previous)
-            if self._verification == "rejection":
-                distribution = F.one_hot(best, scores.shape[-1]).float()
-                divisors = torch.from_numpy(temperatures[sampled])[:, None]
-                distribution[sampled] = (scores[sampled, k] / divisors).softmax(dim=-1)
-                distributions.append(self._over_vocabulary(distribution))
-        return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1) if distributions else None
+                slot = slice(k, k + 1)
+                slot_noise = None if noise is None else noise[:, slot]
+                tokens[:, slot] = draw(scores[:, slot], mixed.contiguous(), every_row, noise=slot_noise)
+                previous = torch.from_numpy(tokens[:, k])
+        drawn = torch.from_numpy(tokens)
+        return drawn, self._distributions(scores, drawn, temperatures) if self._verification == "rejection" else None
 
-    def _over_vocabulary(self, distribution: Tensor) -> Tensor:
-        """[B, v] → [B, V], 0 for ids that are never drafted."""
-        if self.draft_ids is None:
-            return distribution
-        zeros = distribution.new_zeros((len(distribution), self.spec.vocab_size))
-        return zeros.index_copy_(1, self.draft_ids, distribution)
+    def _distributions(self, scores: Tensor, tokens: Tensor, temperatures: NDArray[np.float32]) -> Tensor:
+        """What the tokens [B, w] were drawn from, [B, w, V]: 0 for ids that are never drafted.  scores: [B, w, v]."""
+        distributions = F.one_hot(tokens, self.spec.vocab_size).float()
+        sampled = torch.from_numpy(temperatures > 0)
+        probs = (scores[sampled] / torch.from_numpy(temperatures)[sampled, None, None]).softmax(dim=-1)
+        if self.draft_ids is not None:
+            probs = torch.zeros_like(distributions[sampled]).index_copy_(-1, self.draft_ids, probs)
+        distributions[sampled] = probs
+        return distributions
 
     def _block_noise(self, rows: Sequence[DraftRow], width: int) -> Tensor:
         """Noise of the positions that each block predicts, [rows, w, V]."""
