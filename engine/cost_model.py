@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 DRIFT_RATE = 0.2
 DRIFT_LIMITS = (0.02, 50.0)
 OUTLIER_WINDOW = 5
@@ -49,7 +49,8 @@ ERROR_RATE = 0.05
 SHORTEST_S = 1e-7
 JUMP_RATIO = 0.04
 """A midpoint further than this share from the straight line between its neighbours is a jump to be narrowed down."""
-FIRST_TILE = 8
+SMALL = 8
+"""Sizes up to here, a sequence with its drafts, are all measured, and oftenest: how long a block pays turns on single rows."""
 
 
 class PassTimer(Protocol):
@@ -67,8 +68,8 @@ class PassTimer(Protocol):
 
 
 def ladder(largest: int) -> list[int]:
-    """Sizes 1, 2, 3, 4, 6, 8, 12, 16, ... up to and including `largest`."""
-    sizes = {largest}
+    """Sizes 1, 2, ... 8, 12, 16, 24, 32, ... up to and including `largest`."""
+    sizes = {*range(1, min(SMALL, largest) + 1), largest}
     power = 1
     while power < largest:
         sizes |= {power, min(power * 3 // 2, largest)}
@@ -326,7 +327,7 @@ def _climb(
     Half of it: the rungs of the ladder once each; those not reached are extrapolated from the last two. Rungs up to `needed`
     are reached in any case, and the budget is then twice what that took, if that is more. To three
     quarters: one row more than each rung (that is where hardware of fixed tile sizes jumps) and, between neighbours
-    that a straight line does not explain, the middle. The rest: passes again, up to three, the smallest sizes first.
+    that a straight line does not explain, the middle. The rest: passes again, small sizes up to five and then all up to three.
     """
     passes: dict[int, list[float]] = {}
     spent_s = 0.0
@@ -344,7 +345,7 @@ def _climb(
     reached = max(passes)
     budget_s = max(budget_s, 2.0 * spent_s)
     for size in ladder(reached):
-        if FIRST_TILE <= size < reached and size + 1 not in passes and spent_s < budget_s * 0.75:
+        if SMALL <= size < reached and size + 1 not in passes and spent_s < budget_s * 0.75:
             time(size + 1)
     between = deque(itertools.pairwise(sorted(passes)))
     while between and spent_s < budget_s * 0.75:
@@ -356,7 +357,7 @@ def _climb(
         if abs(time(middle) - straight) > JUMP_RATIO * straight:
             between += [(left, middle), (middle, right)]
     sizes = sorted(passes)
-    for size in sizes * 2:
+    for size in [size for size in sizes if size <= SMALL] * 2 + sizes * 2:
         if spent_s < budget_s:
             time(size)
     seconds = [statistics.median_low(passes[size]) for size in sizes]

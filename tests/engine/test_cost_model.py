@@ -46,7 +46,8 @@ def _profiled(name: str, budget_s: float = 1e9) -> CostModel:
 
 
 def test_the_ladder_is_dense_at_small_sizes_and_ends_at_the_largest() -> None:
-    assert ladder(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    assert ladder(20) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20]
+    assert ladder(5) == [1, 2, 3, 4, 5]
     assert ladder(1) == [1]
 
 
