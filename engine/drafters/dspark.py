@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 
 import numpy as np
 import torch
@@ -306,10 +307,10 @@ class DSparkDrafter:
 
         Returns the tokens [B, w] and, in rejection mode, the distributions they were drawn from [B, w, V].
         """
-        sampled = [i for i, row in enumerate(rows) if row.temperature > 0]
         temperatures = np.array([row.temperature * self.spec.sampling_scale for row in rows], np.float32)
+        sampled = list(compress(rows, temperatures > 0))
         width = logits.shape[1]
-        noise = self._block_noise([rows[i] for i in sampled], width) if sampled else None
+        noise = self._block_noise(sampled, width) if sampled else None
         scores = logits.float()
         draw = partial(draw_slots, w2=self._w2, temperature=temperatures, draft_ids=self._draft_ids)
         if self.markov is None:
