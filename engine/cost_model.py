@@ -70,7 +70,7 @@ class PassTimer(Protocol):
 def ladder(largest: int) -> list[int]:
     """Sizes 1, 2, ... 8, 12, 16, 24, 32, ... up to and including `largest`."""
     sizes = {*range(1, min(SMALL, largest) + 1), largest}
-    power = 1
+    power = SMALL
     while power < largest:
         sizes |= {power, min(power * 3 // 2, largest)}
         power *= 2

@@ -30,6 +30,8 @@ from dspark.kernels.gumbel_noise import gumbel_noise
 from dspark.kernels.panel_linear import MOST_ROWS, PanelLinear, panel_tile
 from dspark.kernels.simd import LANES, to_float
 
+_NO_IDS = np.empty(0, np.int64)
+
 Transition = Callable[[int, Tensor], Tensor]
 """transition(slot, w1 rows of the tokens before [B, r]) → [B, r]. Called for slots 0, 1, … in order."""
 
@@ -173,6 +175,3 @@ def draw_slots(
         tokens,
     )
     return tokens
-
-
-_NO_IDS = np.empty(0, np.int64)

@@ -149,7 +149,6 @@ class DSparkDrafter:
         self.draft_ids: Tensor | None = None
         if spec.draft_token_ids is not None:
             self.draft_ids = torch.tensor(spec.draft_token_ids, device=embedding.device)
-        self._draft_ids = None if spec.draft_token_ids is None else np.array(spec.draft_token_ids, np.int64)
         self.head = head
         if HEAD in weights:
             self.head = linear(weights[HEAD] if self.draft_ids is None else weights[HEAD][self.draft_ids])
@@ -312,7 +311,8 @@ class DSparkDrafter:
         width = logits.shape[1]
         noise = self._block_noise(sampled, width) if sampled else None
         scores = logits.float()
-        draw = partial(draw_slots, w2=self._w2, temperature=temperatures, draft_ids=self._draft_ids)
+        draft_ids = None if self.draft_ids is None else self.draft_ids.numpy()
+        draw = partial(draw_slots, w2=self._w2, temperature=temperatures, draft_ids=draft_ids)
         if self.markov is None:
             nothing = torch.empty((len(rows), 0))
             tokens = draw(scores, nothing, anchors.numpy(), noise=noise)
