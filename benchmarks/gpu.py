@@ -39,8 +39,8 @@ from dspark.benchmarks.byte_floor import step_bytes
 from dspark.benchmarks.kernels import Stopwatch
 from dspark.benchmarks.load import align, list_of, positive
 from dspark.benchmarks.machine import describe_machine
-from dspark.benchmarks.modes import MODES, Load, Slice, Slices
 from dspark.benchmarks.qwen3 import MODELS, Model
+from dspark.benchmarks.slices import MODES, Load, Slice, Slices
 from dspark.benchmarks.synthetic import Acceptance, open_engine
 from dspark.benchmarks.transformers_batching import TransformersEngine, make_model
 from dspark.engine import ConfigError, Engine, EngineConfig, Phase, Request, SamplingParams, StepFacts

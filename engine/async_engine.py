@@ -143,7 +143,7 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Self:
         """Blocking: find, load and check model and drafter, allocate K/V, measure costs. Raises ConfigError."""
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         try:
@@ -261,7 +261,7 @@ class Engine:
         """Step while there is work. Failed steps are the loop's affair; what it lets through ends every stream."""
         while True:
             try:
-                worked = await self._loop.step()
+                worked = await self._step()
             except Exception as error:  # whatever a step raises, no stream may be left waiting
                 log.exception("the engine has failed")
                 self._fail(error)
@@ -270,6 +270,10 @@ class Engine:
                 self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
+
+    async def _step(self) -> bool:
+        """False: there was nothing to do."""
+        return await self._loop.step()
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
